@@ -1,0 +1,71 @@
+"""How much of a device's peak an operator reaches: explicit, monotone forms with few constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.describe.hardware import Device, Stack
+from moesim.structure.columns import FloatArray
+
+OVERLAP_EXPONENT = 2.5
+"""p-norm in which compute and memory time of one GEMM combine: 2.4-2.8 on Hopper and Blackwell (kernel-table fits)."""
+
+MINIMUM_TILE_CELLS = 32.0 * 64.0
+"""Output cells per compute unit below which a smaller GEMM is no faster: the smallest tile that keeps its rate."""
+
+ROW_GRANULARITY = 16.0
+"""Rows of one matrix instruction: rows of each expert are padded to it (m16n8k16 and its successors)."""
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """Rates of one device under one stack, SI; built once per estimate.
+
+    ``peak`` by precision is the datasheet's; ``gemm`` and ``attention`` fractions include the sustained clock and
+    stack.
+    """
+
+    peak: dict[str, float]
+    gemm_fraction: float
+    gemm_memory_fraction: float
+    prologue_length: float
+    gemm_fixed_s: float
+    attention_fraction: float
+    memory_bandwidth: float
+    traffic_fraction: float
+    traffic_fixed_s: float
+    compute_units: float
+
+    def peak_for(self, precision: str) -> float:
+        """Peak FLOP/s of a precision; one the device lacks runs at its fp32 rate, else at its slowest."""
+        if precision in self.peak:
+            return self.peak[precision]
+        return self.peak.get("fp32", min(self.peak.values()))
+
+
+def device_rates(device: Device, stack: Stack) -> DeviceRates:
+    """Gather a device's figures; launch floors vanish from device time when graphs replay the launches."""
+    clock = device.sustained_clock_fraction.value
+    gemm, memory = device.kernels.gemm, device.kernels.memory_bound
+    return DeviceRates(
+        peak={precision: figure.value for precision, figure in device.peak_flop_rate.items()},
+        gemm_fraction=min(gemm.compute_fraction.value * clock * stack.gemm_compute_fraction.value, 1.0),
+        gemm_memory_fraction=gemm.memory_fraction.value,
+        prologue_length=gemm.prologue_length.value,
+        gemm_fixed_s=gemm.fixed_time.value,
+        attention_fraction=min(device.kernels.attention.compute_fraction.value * clock, 1.0),
+        memory_bandwidth=device.memory_bandwidth.value,
+        traffic_fraction=memory.memory_fraction.value,
+        traffic_fixed_s=memory.fixed_time.value,
+        compute_units=device.compute_units.value,
+    )
+
+
+def combined_time_s(compute_s: FloatArray, memory_s: FloatArray) -> FloatArray:
+    """Compute and memory time of one kernel, partly overlapped: their p-norm, between their maximum and their sum."""
+    larger = np.maximum(compute_s, memory_s)
+    smaller = np.minimum(compute_s, memory_s)
+    ratio = np.divide(smaller, larger, out=np.zeros_like(larger), where=larger > 0)
+    return np.asarray(larger * (1.0 + ratio**OVERLAP_EXPONENT) ** (1.0 / OVERLAP_EXPONENT))

@@ -1,0 +1,79 @@
+"""Sum operation costs into the times of a layer or an end of the model, by phase and category."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moesim.cost.operators import Hardware, OperationCost, price
+from moesim.structure.columns import FloatArray
+from moesim.structure.step_graph import Operation, OperationTable
+
+FORWARD, BACKWARD = "forward", "backward"
+COMMUNICATION_STREAMS: tuple[str, ...] = ("tensor_parallel", "context_parallel", "all_to_all")
+
+
+@dataclass
+class PhaseTimes:
+    """Times of one phase of one table, arrays (n_cases,).
+
+    ``compute_s`` and ``communication_s`` by category at mean load; ``imbalance_compute_s`` and
+    ``imbalance_communication_s`` by stream what the fullest rank adds; ``ideal_*`` at peak rates; ``kernels`` launches.
+    """
+
+    compute_s: dict[str, FloatArray] = field(default_factory=dict)
+    communication_s: dict[str, FloatArray] = field(default_factory=dict)
+    imbalance_s: FloatArray | float = 0.0
+    ideal_compute_s: FloatArray | float = 0.0
+    ideal_communication_s: dict[str, FloatArray] = field(default_factory=dict)
+    flops: FloatArray | float = 0.0
+    kernels: int = 0
+
+    def add(self, operation: Operation, cost: OperationCost) -> None:
+        """Add one operation."""
+        stream = operation.stream
+        if stream == "compute":
+            _add(self.compute_s, operation.category, cost.time_s)
+            self.ideal_compute_s = self.ideal_compute_s + cost.ideal_s
+        else:
+            _add(self.communication_s, stream, cost.time_s)
+            _add(self.ideal_communication_s, stream, cost.ideal_s)
+        if operation.load_factor is not None:
+            self.imbalance_s = self.imbalance_s + cost.extra_s
+        self.flops = self.flops + cost.flops
+        self.kernels += operation.kernels
+
+
+@dataclass
+class PricedTable:
+    """Phases of one operation table, and the forward work that selective recompute repeats."""
+
+    name: str
+    forward: PhaseTimes
+    backward: PhaseTimes
+    selective: PhaseTimes
+
+
+def _add(totals: dict[str, FloatArray], key: str, value: FloatArray) -> None:
+    totals[key] = totals[key] + value if key in totals else value
+
+
+def price_table(table: OperationTable, hardware: Hardware) -> PricedTable:
+    """Price every operation of a table once per case."""
+    priced = PricedTable(table.name, PhaseTimes(), PhaseTimes(), PhaseTimes())
+    for operation in table.operations:
+        cost = price(operation, hardware)
+        phase = priced.forward if operation.phase == "forward" else priced.backward
+        phase.add(operation, cost)
+        if operation.is_recomputed_selectively:
+            priced.selective.add(operation, cost)
+    return priced
+
+
+def total_s(times: dict[str, FloatArray]) -> FloatArray | float:
+    """Sum over categories or streams."""
+    total: FloatArray | float = 0.0
+    for value in times.values():
+        total = np.add(total, value)
+    return total

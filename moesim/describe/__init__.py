@@ -1,0 +1,1 @@
+"""Text becomes a checked description here, once: documents, scenarios, hardware."""

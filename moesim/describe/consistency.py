@@ -1,0 +1,157 @@
+"""Fields of one scenario that must fit together, whatever the degrees: checked once, all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moesim.describe.hardware import Cluster, Device, Stack, TorusFabric
+from moesim.describe.model import HistogramLoad, LayerRun
+from moesim.describe.scenario import DEFAULT_RANK_ORDER, Scenario
+
+
+class Inconsistency(NamedTuple):
+    """What does not fit, without the place in a file."""
+
+    code: str
+    field: str
+    message: str
+    remedy: str
+
+
+def inconsistencies(scenario: Scenario) -> Iterator[Inconsistency]:
+    """Problems between fields of a scenario."""
+    yield from _layer_problems(scenario)
+    yield from _length_problems(scenario)
+    yield from _moe_problems(scenario)
+    order = scenario.parallelism.rank_order
+    if sorted(order) != sorted(DEFAULT_RANK_ORDER):
+        yield Inconsistency(
+            "E-SCN-011",
+            "parallelism.rank_order",
+            f"rank_order {order} does not name each mesh dimension once",
+            f"order {', '.join(DEFAULT_RANK_ORDER)}, fastest first",
+        )
+    if scenario.workload.kind != "training" and scenario.parallelism.pipeline.virtual_stages > 1:
+        yield Inconsistency(
+            "E-SCN-011",
+            "parallelism.pipeline.virtual_stages",
+            f"a {scenario.workload.kind} step has no backward passes to interleave",
+            "use virtual_stages: 1",
+        )
+
+
+def _layer_problems(scenario: Scenario) -> Iterator[Inconsistency]:
+    model = scenario.model
+    sides: list[tuple[str, list[LayerRun]]] = [("layers", model.layers)]
+    if model.encoder_layers is not None:
+        sides.append(("encoder_layers", model.encoder_layers))
+    for name, needed in (("dense_ffn", "dense"), ("moe", "moe")):
+        users = [
+            f"model.{side}.{index}.ffn"
+            for side, runs in sides
+            for index, run in enumerate(runs)
+            if needed in run.kinds()[:64]
+        ]
+        if users and getattr(model, name) is None:
+            yield Inconsistency(
+                "E-SCN-002",
+                f"model.{name}",
+                f"{users[0]} asks for {needed} layers, but model.{name} is missing",
+                f"describe model.{name} or change the layers",
+            )
+    is_pair = model.architecture == "encoder_decoder"
+    if is_pair and model.encoder_layers is None:
+        yield Inconsistency(
+            "E-SCN-002", "model.encoder_layers", "an encoder_decoder model needs encoder_layers", "add encoder_layers"
+        )
+    if not is_pair and model.encoder_layers is not None:
+        yield Inconsistency(
+            "E-SCN-011",
+            "model.encoder_layers",
+            "a decoder_only model has no encoder_layers",
+            "remove them, or set architecture: encoder_decoder",
+        )
+    total = sum(run.count for _, runs in sides for run in runs)
+    if total > MAX_LAYERS:
+        yield Inconsistency(
+            "E-SCN-007", "model.layers", f"{total} layers exceed {MAX_LAYERS}", f"use at most {MAX_LAYERS} layers"
+        )
+
+
+MAX_LAYERS = 10_000
+
+
+def _length_problems(scenario: Scenario) -> Iterator[Inconsistency]:
+    workload = scenario.workload
+    is_pair = scenario.model.architecture == "encoder_decoder"
+    needed = ("source_length", "target_length") if is_pair else ("sequence_length",)
+    for name in ("sequence_length", "source_length", "target_length"):
+        value = getattr(workload, name)
+        if name in needed and value is None:
+            yield Inconsistency(
+                "E-SCN-002",
+                f"workload.{name}",
+                f"workload.{name} is missing; a {scenario.model.architecture} model needs it",
+                f"add {name}",
+            )
+        if name not in needed and value is not None:
+            yield Inconsistency(
+                "E-SCN-011",
+                f"workload.{name}",
+                f"workload.{name} = {value} has no meaning for a {scenario.model.architecture} model",
+                f"give {' and '.join(needed)} instead",
+            )
+
+
+def _moe_problems(scenario: Scenario) -> Iterator[Inconsistency]:
+    moe = scenario.model.moe
+    if moe is None:
+        return
+    imbalance = moe.router.imbalance
+    if isinstance(imbalance, HistogramLoad):
+        if len(imbalance.loads) != moe.num_experts:
+            yield Inconsistency(
+                "E-SCN-011",
+                "model.moe.router.imbalance.loads",
+                f"the histogram has {len(imbalance.loads)} loads for {moe.num_experts} experts",
+                "give one load per expert",
+            )
+        if sum(imbalance.loads) <= 0:
+            yield Inconsistency(
+                "E-SCN-007", "model.moe.router.imbalance.loads", "all loads are zero", "give tokens per expert"
+            )
+    experts = moe.num_experts
+    if experts > MAX_EXPERTS:
+        yield Inconsistency(
+            "E-SCN-007",
+            "model.moe.num_experts",
+            f"{experts} experts exceed {MAX_EXPERTS}",
+            f"use at most {MAX_EXPERTS}; product-key routers are not modelled yet",
+        )
+
+
+MAX_EXPERTS = 2_000_000
+
+
+def hardware_mismatches(scenario: Scenario, device: Device, cluster: Cluster, stack: Stack) -> Iterator[Inconsistency]:
+    """Problems between a scenario and its hardware and stack."""
+    precision = scenario.precision.compute
+    if precision not in device.peak_flop_rate:
+        known = ", ".join(sorted(device.peak_flop_rate))
+        yield Inconsistency(
+            "E-SCN-008",
+            "precision.compute",
+            f"{device.id} has no {precision} arithmetic",
+            f"it has {known}",
+        )
+    fabric = cluster.fabric
+    tiers = {"torus"} if isinstance(fabric, TorusFabric) else {level.tier for level in fabric.levels}
+    missing = sorted(tiers - set(stack.collectives))
+    if missing:
+        yield Inconsistency(
+            "E-SCN-011",
+            "stack",
+            f"stack {stack.id} has no collectives for {', '.join(missing)} links, which cluster {cluster.id} has",
+            "choose a stack for this kind of cluster",
+        )

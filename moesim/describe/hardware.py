@@ -1,0 +1,197 @@
+"""Devices, clusters and software stacks: data with a source beside every number."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moesim.describe.quantities import (
+    BandwidthFigure,
+    BytesFigure,
+    Count,
+    Description,
+    DurationFigure,
+    FlopRateFigure,
+    Fraction,
+    FrequencyFigure,
+    NumberFigure,
+    PowerFigure,
+    Precision,
+    PriceFigure,
+)
+
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+Tier = Literal["scale_up", "scale_out", "torus"]
+
+
+class GemmSurface(Description):
+    """Constants of the GEMM time: see ``moesim.cost.efficiency_surfaces.gemm_time_s``.
+
+    ``compute_fraction`` of peak reached by a long, large GEMM; ``memory_fraction`` of the memory bandwidth;
+    ``prologue_length`` the start and end of a main loop as an equivalent length of k; ``fixed_time`` per kernel.
+    """
+
+    compute_fraction: NumberFigure
+    memory_fraction: NumberFigure
+    prologue_length: NumberFigure
+    fixed_time: DurationFigure
+
+
+class AttentionSurface(Description):
+    """Constants of the attention core: achieved fraction of peak over the causal half of the square."""
+
+    compute_fraction: NumberFigure
+
+
+class MemoryBoundSurface(Description):
+    """Constants of element-wise kernels: achieved fraction of the memory bandwidth and time per kernel."""
+
+    memory_fraction: NumberFigure
+    fixed_time: DurationFigure
+
+
+class KernelSurfaces(Description):
+    """Efficiency surfaces of one device."""
+
+    gemm: GemmSurface
+    attention: AttentionSurface
+    memory_bound: MemoryBoundSurface
+
+
+class Device(Description):
+    """One device as the framework counts it (a core on TPU v2/v3, a GCD on MI250X, else a chip)."""
+
+    schema_version: Literal[1]
+    id: Identifier
+    name: str
+    vendor: Literal["nvidia", "amd", "google"]
+    generation: Identifier
+    devices_per_chip: Count
+    compute_units: NumberFigure
+    clock: FrequencyFigure | None = None
+    sustained_clock_fraction: NumberFigure
+    peak_flop_rate: Annotated[dict[Precision, FlopRateFigure], Field(min_length=1)]
+    memory: BytesFigure
+    usable_memory: BytesFigure
+    memory_bandwidth: BandwidthFigure
+    l2_cache: BytesFigure | None = None
+    host_link_bandwidth: BandwidthFigure
+    power: PowerFigure | None = None
+    price: PriceFigure | None = None
+    kernels: KernelSurfaces
+    notes: str = ""
+
+
+class LinkLevel(Description):
+    """One level of a hierarchical fabric: ``size`` members of the level inside it are joined by it.
+
+    ``bandwidth_per_device`` is one direction, with every device of the cluster active at once: a 100 Gb/s NIC shared
+    by eight devices gives 12.5 Gb/s.
+    """
+
+    name: Identifier
+    tier: Literal["scale_up", "scale_out"]
+    medium: Identifier
+    size: Count
+    bandwidth_per_device: BandwidthFigure
+    latency: DurationFigure
+    nics_per_node: Count | None = None
+
+
+class HierarchicalFabric(Description):
+    """Nested switched domains, innermost first (NVLink node, rail-optimised network, ...)."""
+
+    kind: Literal["hierarchical"]
+    levels: Annotated[list[LinkLevel], Field(min_length=1)]
+
+
+class TorusFabric(Description):
+    """A 1D, 2D or 3D torus or mesh of chips; each chip holds ``devices_per_chip`` devices of the profile."""
+
+    kind: Literal["torus"]
+    dimensions: Annotated[list[Count], Field(min_length=1, max_length=3)]
+    wraparound: Annotated[list[bool], Field(min_length=1, max_length=3)]
+    link_bandwidth: BandwidthFigure
+    hop_latency: DurationFigure
+    on_chip_bandwidth: BandwidthFigure | None = None
+
+
+class Cluster(Description):
+    """Devices of one kind joined by a fabric."""
+
+    schema_version: Literal[1]
+    id: Identifier
+    name: str
+    device: Identifier
+    device_count: Count
+    devices_per_node: Count
+    fabric: Annotated[HierarchicalFabric | TorusFabric, Field(discriminator="kind")]
+    price_per_device_hour: PriceFigure | None = None
+    notes: str = ""
+
+
+class LaunchBehaviour(Description):
+    """Host side of a step: launch time per kernel, whether graphs hide it, synchronisations of dropless counts."""
+
+    kernel_launch_time: DurationFigure
+    uses_cuda_graphs: bool
+    host_synchronisations_per_moe_layer: Annotated[int, Field(ge=0, le=100, strict=True)]
+    host_synchronisation_time: DurationFigure
+
+
+class CollectiveTier(Description):
+    """What a collective library makes of one tier of links.
+
+    ``base_latency`` once per collective that enters the tier (``all_to_all_base_latency`` once more per all-to-all),
+    ``round_latency`` per round of a ring or torus, ``peer_latency`` per peer of a direct all-to-all; fractions of the
+    nominal bandwidth that large messages reach. A torus may close its rings and not use them for all-to-all.
+    """
+
+    base_latency: DurationFigure | None = None
+    all_to_all_base_latency: DurationFigure | None = None
+    round_latency: DurationFigure
+    peer_latency: DurationFigure
+    reduce_fraction: NumberFigure
+    all_to_all_fraction: NumberFigure
+    point_to_point_fraction: NumberFigure
+    all_to_all_uses_wraparound: bool = True
+
+
+class OverlapAchieved(Description):
+    """Share of each communication that the stack can hide under the compute it overlaps with."""
+
+    all_to_all: Fraction = 0.0
+    tensor_parallel: Fraction = 0.0
+    context_parallel: Fraction = 0.0
+    data_parallel: Fraction = 0.0
+    pipeline_p2p: Fraction = 0.0
+    source: Annotated[str, Field(min_length=3)]
+
+
+class StackMemory(Description):
+    """Memory the software holds beside tensors of the model."""
+
+    context: BytesFigure
+    communication_buffers: BytesFigure
+    fragmentation_fraction: Fraction
+    source: Annotated[str, Field(min_length=3)]
+
+
+class Stack(Description):
+    """A named software stack: framework, kernels and collective library of one era."""
+
+    schema_version: Literal[1]
+    id: Identifier
+    name: str
+    launch: LaunchBehaviour
+    dispatch: Literal["one_hot_einsum", "permute", "fused"]
+    attention_kernel: Literal["flash", "materialised"]
+    fuses_elementwise: bool
+    gemm_compute_fraction: NumberFigure
+    collective_library: Identifier
+    sends_one_copy_per_node: bool = False
+    collectives: Annotated[dict[Tier, CollectiveTier], Field(min_length=1)]
+    overlap: OverlapAchieved
+    memory: StackMemory
+    notes: str = ""

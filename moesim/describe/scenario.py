@@ -1,0 +1,106 @@
+"""The whole question: model, workload, precisions, optimizer, parallelism, cluster and stack."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moesim.describe.hardware import Identifier
+from moesim.describe.model import Model
+from moesim.describe.quantities import Count, Description, NonNegativeCount, Precision
+
+
+class Workload(Description):
+    """What one step processes; sequences per micro-batch are per data-parallel rank.
+
+    ``training`` is forward, backward and update; ``prefill`` one forward pass; ``decode`` one new token for every
+    sequence, whose ``sequence_length`` tokens are in the key-value cache.
+    """
+
+    kind: Literal["training", "prefill", "decode"] = "training"
+    sequence_length: Count | None = None
+    source_length: Count | None = None
+    target_length: Count | None = None
+    sequences_per_micro_batch: Count
+    sequences_per_step: Count
+    tokens_counted: Literal["source", "target", "all"] = "all"
+
+
+class Precisions(Description):
+    """Number formats by use.
+
+    ``master`` equal to ``parameters`` means there is no separate copy; ``saved`` is the format in which activations
+    wait for the backward pass, null as ``activations``.
+    """
+
+    compute: Precision
+    parameters: Precision
+    master: Precision = "fp32"
+    gradients: Precision = "fp32"
+    activations: Precision = "bf16"
+    saved: Precision | None = None
+    dispatch: Precision = "bf16"
+    reduction: Precision = "fp32"
+
+
+class Optimizer(Description):
+    """Update rule; ``momentum`` adds a first moment to Adafactor or SGD, ``state`` is the moments' number format."""
+
+    kind: Literal["adam", "adafactor", "sgd"]
+    momentum: bool = False
+    state: Precision = "fp32"
+    offload: Literal["none", "optimizer"] = "none"
+
+
+PipelineScheduleName = Literal["gpipe", "one_f_one_b", "interleaved_one_f_one_b"]
+
+
+class PipelineParallelism(Description):
+    """Stages, chunks per stage and the order in which a stage runs them."""
+
+    stages: Count = 1
+    virtual_stages: Count = 1
+    schedule: PipelineScheduleName = "one_f_one_b"
+    layers_per_stage: Annotated[list[NonNegativeCount], Field(min_length=1)] | None = None
+
+
+MeshDimension = Literal["tensor", "context", "expert", "data", "pipeline"]
+DEFAULT_RANK_ORDER: list[MeshDimension] = ["tensor", "context", "expert", "data", "pipeline"]
+
+
+class Parallelism(Description):
+    """Degrees: tensor*context*pipeline*data = devices = expert_tensor*expert*pipeline*expert_data.
+
+    ``data: auto`` takes the devices that the other degrees leave. ``rank_order`` lists dimensions, fastest first;
+    the expert mesh is ordered alike, with expert_tensor where tensor stands and expert_data where data stands.
+    """
+
+    data: Count | Literal["auto"] = "auto"
+    tensor: Count = 1
+    sequence: bool = False
+    context: Count = 1
+    pipeline: PipelineParallelism = PipelineParallelism()
+    expert: Count = 1
+    expert_tensor: Count = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    recompute: Literal["none", "selective", "full"] = "none"
+    rank_order: list[MeshDimension] = DEFAULT_RANK_ORDER
+
+
+class Scenario(Description):
+    """One question to the simulator, as written in a scenario file."""
+
+    schema_version: Literal[1]
+    name: Identifier
+    description: str = ""
+    references: list[str] = []
+    assumed: dict[str, str] = {}
+    model: Model
+    workload: Workload
+    precision: Precisions
+    optimizer: Optimizer = Optimizer(kind="adam")
+    parallelism: Parallelism
+    cluster: Identifier
+    devices: Count
+    stack: Identifier

@@ -1,0 +1,1 @@
+"""Engines: from priced tables to the time of a step."""

@@ -1,0 +1,219 @@
+"""Times of layers and model ends over the distinct cases of the columns they read, overlap applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from moesim.cost.layer_times import COMMUNICATION_STREAMS, PhaseTimes, PricedTable, price_table, total_s
+from moesim.cost.operators import Hardware
+from moesim.describe.hardware import Stack
+from moesim.describe.scenario import Scenario
+from moesim.structure.columns import RECOMPUTE_CODES, Columns, FloatArray, IntArray
+from moesim.structure.layers import LayerKind, LayerSequence
+from moesim.structure.lowering import LoweringContext, token_columns
+from moesim.structure.lowering_layers import dense_part, embedding_part, head_part, token_prediction_part
+from moesim.structure.lowering_moe import LoadFactor, moe_columns, moe_part
+from moesim.structure.parameters import mtp_layer_kind
+
+PhaseName = Literal["forward", "backward"]
+PHASES: tuple[PhaseName, ...] = ("forward", "backward")
+
+
+@dataclass
+class BlockPhase:
+    """One phase of a layer or end, arrays (n_cases,): exposed and hidden seconds by category, and totals.
+
+    ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
+    peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
+    executed, ``kernels`` launched (an array where recompute differs).
+    """
+
+    exposed_s: dict[str, FloatArray] = field(default_factory=dict)
+    hidden_s: dict[str, FloatArray] = field(default_factory=dict)
+    ideal_parts_s: dict[str, FloatArray] = field(default_factory=dict)
+    device_s: FloatArray | float = 0.0
+    serial_s: FloatArray | float = 0.0
+    ideal_s: FloatArray | float = 0.0
+    flops: FloatArray | float = 0.0
+    kernels: FloatArray | float = 0.0
+
+
+@dataclass
+class Block:
+    """A layer kind or an end of the model."""
+
+    name: str
+    is_moe: bool
+    forward: BlockPhase
+    backward: BlockPhase
+
+    def phase(self, name: PhaseName) -> BlockPhase:
+        """Phase by name."""
+        return self.forward if name == "forward" else self.backward
+
+
+@dataclass(frozen=True)
+class LayerCases:
+    """Blocks over the distinct cases of ``columns``: layer kinds in order, then first and last end.
+
+    ``inverse`` maps a row to its case; ``first`` is the embedding, ``last`` head, loss and token prediction.
+    """
+
+    rows: IntArray
+    inverse: IntArray
+    layers: tuple[Block, ...]
+    first: Block
+    last: Block
+
+
+Gather = Callable[[FloatArray], FloatArray]
+
+
+def layer_case_columns(scenario: Scenario) -> tuple[str, ...]:
+    """Columns that decide the time of a layer."""
+    names = (*token_columns(scenario), "recompute")
+    if scenario.model.moe is not None:
+        names = (*moe_columns(scenario), "recompute")
+    return tuple(dict.fromkeys(names))
+
+
+def layer_cases(
+    scenario: Scenario,
+    stack: Stack,
+    sequence: LayerSequence,
+    columns: Columns,
+    hardware: Hardware,
+    load_factor: LoadFactor,
+) -> LayerCases:
+    """Price every table once per distinct case of what it reads, then apply recompute and overlap."""
+    cases = columns.distinct(layer_case_columns(scenario))
+    at_cases = columns.take(cases.rows)
+    token_cases = at_cases.distinct(token_columns(scenario))
+    context = LoweringContext(scenario, stack, at_cases.take(token_cases.rows))
+
+    def gather(values: FloatArray) -> FloatArray:
+        return np.broadcast_to(values, token_cases.rows.shape)[token_cases.inverse]
+
+    assembler = _Assembler(stack, scenario.workload.kind == "training", at_cases["recompute"])
+    layers = []
+    for kind in sequence.kinds:
+        tables: list[tuple[PricedTable, Gather]] = [(price_table(dense_part(context, kind), hardware), gather)]
+        if kind.is_moe:
+            tables.append(_moe_tables(scenario, stack, at_cases, kind, hardware, load_factor))
+        layers.append(assembler.block(kind.name, tables, is_moe=kind.is_moe))
+    first = assembler.block("first", [(price_table(embedding_part(context), hardware), gather)], is_end=True)
+    head = price_table(head_part(context), hardware)
+    last = assembler.block("last", [(head, gather)], is_end=True)
+    if sequence.mtp_layers and scenario.workload.kind == "training":
+        projection = price_table(token_prediction_part(context), hardware)
+        module = assembler.block("mtp", [(projection, gather), (head, gather)], is_end=True)
+        inner = layers[sequence.kinds.index(mtp_layer_kind(sequence))]
+        for _ in range(sequence.mtp_layers):
+            last = _joined(_joined(last, module), inner)
+    return LayerCases(cases.rows, cases.inverse, tuple(layers), first, last)
+
+
+def _moe_tables(
+    scenario: Scenario,
+    stack: Stack,
+    at_cases: Columns,
+    kind: LayerKind,
+    hardware: Hardware,
+    load_factor: LoadFactor,
+) -> tuple[PricedTable, Gather]:
+    moe_cases = at_cases.distinct(moe_columns(scenario))
+    context = LoweringContext(scenario, stack, at_cases.take(moe_cases.rows))
+    priced = price_table(moe_part(context, kind, load_factor), hardware)
+    return priced, lambda values: np.broadcast_to(values, moe_cases.rows.shape)[moe_cases.inverse]
+
+
+def _sum_by_key(one: dict[str, FloatArray], two: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    return {key: np.add(one.get(key, 0.0), two.get(key, 0.0)) for key in one | two}
+
+
+def _joined(block: Block, other: Block) -> Block:
+    """Two blocks as one: every quantity added."""
+
+    def join(one: BlockPhase, two: BlockPhase) -> BlockPhase:
+        return BlockPhase(
+            _sum_by_key(one.exposed_s, two.exposed_s),
+            _sum_by_key(one.hidden_s, two.hidden_s),
+            {},
+            one.device_s + two.device_s,
+            one.serial_s + two.serial_s,
+            one.ideal_s + two.ideal_s,
+            one.flops + two.flops,
+            one.kernels + two.kernels,
+        )
+
+    name, is_moe = f"{block.name}+{other.name}", block.is_moe or other.is_moe
+    return Block(name, is_moe, join(block.forward, other.forward), join(block.backward, other.backward))
+
+
+@dataclass(frozen=True)
+class _Assembler:
+    """Puts priced tables together into blocks: recompute added to the backward phase, communication overlapped."""
+
+    stack: Stack
+    is_training: bool
+    recompute: FloatArray
+
+    def block(
+        self, name: str, tables: list[tuple[PricedTable, Gather]], *, is_moe: bool = False, is_end: bool = False
+    ) -> Block:
+        """One block; ends of the model are never recomputed."""
+        forward, backward, selective = BlockPhase(), BlockPhase(), BlockPhase()
+        for table, gather in tables:
+            _accumulate(forward, table.forward, gather)
+            _accumulate(backward, table.backward, gather)
+            _accumulate(selective, table.selective, gather)
+        for phase in (forward, backward, selective):
+            self._overlap(phase)
+        if self.is_training and not is_end:
+            self._recompute(backward, forward, selective)
+        return Block(name, is_moe, forward, backward)
+
+    def _overlap(self, phase: BlockPhase) -> None:
+        """Hide each communication under compute, at most the share the stack achieves and the compute there is."""
+        budget = sum((value for key, value in phase.exposed_s.items() if key not in COMMUNICATION_STREAMS), 0.0)
+        for stream in COMMUNICATION_STREAMS:
+            if stream not in phase.exposed_s:
+                continue
+            whole = phase.exposed_s[stream]
+            hidden = np.minimum(whole * getattr(self.stack.overlap, stream), budget)
+            phase.exposed_s[stream], phase.hidden_s[stream] = whole - hidden, hidden
+            budget = budget - hidden
+        phase.device_s = sum(phase.exposed_s.values(), 0.0)
+        if phase.ideal_parts_s:
+            phase.ideal_s = np.maximum.reduce(list(phase.ideal_parts_s.values()))
+
+    def _recompute(self, backward: BlockPhase, forward: BlockPhase, selective: BlockPhase) -> None:
+        full = (self.recompute == RECOMPUTE_CODES["full"]).astype(np.float64)
+        part = (self.recompute == RECOMPUTE_CODES["selective"]).astype(np.float64)
+
+        def repeated(attribute: str) -> FloatArray:
+            return np.asarray(full * getattr(forward, attribute) + part * getattr(selective, attribute))
+
+        backward.exposed_s["recompute"] = repeated("device_s")
+        backward.hidden_s["recompute"] = full * sum(forward.hidden_s.values(), 0.0)
+        for attribute in ("device_s", "serial_s", "ideal_s", "flops", "kernels"):
+            setattr(backward, attribute, getattr(backward, attribute) + repeated(attribute))
+
+
+def _accumulate(phase: BlockPhase, times: PhaseTimes, gather: Gather) -> None:
+    """Add one priced phase, gathered to the block's cases; communication is still all exposed."""
+    zero = np.zeros(1)
+    for key, value in (times.compute_s | times.communication_s).items():
+        phase.exposed_s[key] = phase.exposed_s.get(key, 0.0) + gather(value)
+    phase.exposed_s["imbalance"] = phase.exposed_s.get("imbalance", 0.0) + gather(zero + times.imbalance_s)
+    serial = total_s(times.compute_s) + np.asarray(total_s(times.communication_s)) + times.imbalance_s
+    phase.serial_s = phase.serial_s + gather(zero + serial)
+    parts = {"compute": times.ideal_compute_s, **times.ideal_communication_s}
+    for key, part in parts.items():
+        phase.ideal_parts_s[key] = phase.ideal_parts_s.get(key, 0.0) + gather(zero + part)
+    phase.flops = phase.flops + gather(zero + times.flops)
+    phase.kernels = phase.kernels + float(times.kernels)

@@ -1,0 +1,1 @@
+"""From scenario files to answers: loading, one estimate, many estimates."""

@@ -1,0 +1,177 @@
+"""One estimate: the table of one row, read out in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moesim.cost.uncertainty import LEVEL, NORMAL_QUANTILE, class_errors, standard_deviation_s
+from moesim.describe.documents import Document
+from moesim.describe.hardware_library import HardwareLibrary
+from moesim.describe.quantities import PRECISION_BYTES
+from moesim.describe.scenario import Scenario
+from moesim.engine.analytical import PlanEvaluation, System, breakdown, evaluate, model_flops
+from moesim.estimation.advice import find_bottleneck, routing_group_tokens, warnings_of
+from moesim.estimation.loading import LoadedScenario, load, load_document, routed_shares
+from moesim.estimation.provenance import sourced_figures
+from moesim.estimation.step_estimate import (
+    CostAnswer,
+    Interval,
+    MemoryAnswer,
+    Parameters,
+    PipelineAnswer,
+    RoutingAnswer,
+    StepEstimate,
+)
+from moesim.structure.columns import DROPLESS, Columns, FloatArray
+from moesim.structure.lowering_moe import slots_per_expert
+from moesim.structure.memory_footprint import CATEGORIES
+from moesim.structure.parameters import count_parameters
+from moesim.structure.token_routing import dropped_fraction
+
+
+def estimate(scenario: Scenario | str | Path, *, profiles: Sequence[Path] = ()) -> StepEstimate:
+    """Estimate one step of a scenario.
+
+    Parameters
+    ----------
+    scenario : Scenario, str or Path
+        A loaded scenario, a scenario file, or the bare name of a shipped one.
+    profiles : sequence of Path
+        Directories of hardware profiles that go before the shipped ones.
+
+    Returns
+    -------
+    StepEstimate
+        A step that does not fit in memory is an answer too: ``fits`` is False.
+
+    Raises
+    ------
+    ScenarioError, FormatError
+        If the scenario is wrong; see ``load_scenario``.
+    """
+    library = HardwareLibrary(profiles)
+    if isinstance(scenario, Scenario):
+        return estimate_loaded(load_document(scenario_document(scenario), library))
+    return estimate_loaded(load(scenario, library=library))
+
+
+def scenario_document(scenario: Scenario) -> Document:
+    """A scenario as a document without a file, so that it is checked like one."""
+    return Document(scenario.name, scenario.model_dump(mode="json"), {})
+
+
+def estimate_loaded(loaded: LoadedScenario) -> StepEstimate:
+    """Estimate a loaded, legal scenario."""
+    system, columns = loaded.system, loaded.columns
+    (evaluation,) = evaluate(system, columns)
+    parts = breakdown(evaluation, columns, 0)
+    step_time_s = float(evaluation.step_time_s[0])
+    memory = _memory_answer(system, evaluation)
+    routing = _routing_answer(system, columns)
+    tokens = int(tokens_per_row(system.scenario, columns)[0])
+    device = system.device
+    return StepEstimate(
+        scenario=system.scenario.name,
+        engine="analytical",
+        kind=system.scenario.workload.kind,
+        num_devices=system.scenario.devices,
+        num_chips=-(-system.scenario.devices // device.devices_per_chip),
+        device=device.id,
+        cluster=system.cluster.id,
+        stack=system.stack.id,
+        step_time_s=step_time_s,
+        lower_s=float(evaluation.lower_s[0]),
+        upper_s=float(evaluation.upper_s[0]),
+        interval_s=_interval(system, parts["exposed"], step_time_s, float(evaluation.lower_s[0])),
+        tokens_per_step=tokens,
+        model_flops_per_step=float(model_flops(system, columns)[0]),
+        hardware_flops_per_step=float(evaluation.hardware_flops[0]),
+        peak_flops_per_s_per_device=device.peak_flop_rate[system.scenario.precision.compute].value,
+        parameters=_parameters(system, evaluation),
+        exposed_s=parts["exposed"],
+        hidden_s=parts["hidden"],
+        pipeline=_pipeline_answer(evaluation, parts["exposed"]["pipeline_bubble"], columns),
+        memory=memory,
+        routing=routing,
+        bottleneck=find_bottleneck(parts["exposed"], step_time_s),
+        cost=_cost(system, tokens / step_time_s),
+        provenance=sourced_figures(system),
+        assumptions=dict(system.scenario.assumed),
+        warnings=list(
+            warnings_of(
+                system,
+                columns,
+                routing.slots_per_expert,
+                routing.dropped_fraction,
+                memory.peak / memory.capacity,
+            )
+        ),
+    )
+
+
+def tokens_per_row(scenario: Scenario, columns: Columns) -> FloatArray:
+    """Tokens counted in the throughput of a step: of the source, the target or both; one per sequence when decoding."""
+    sequences = columns["step_sequences"]
+    if scenario.workload.kind == "decode":
+        return sequences
+    source, target = columns["source_length"], columns["target_length"]
+    if scenario.model.architecture == "decoder_only":
+        return sequences * target
+    return sequences * {"source": source, "target": target, "all": source + target}[scenario.workload.tokens_counted]
+
+
+def _interval(system: System, exposed_s: dict[str, float], step_time_s: float, lower_s: float) -> Interval:
+    """Step time plus and minus 1.645 standard deviations, not below the lower bound."""
+    errors = class_errors(system.device, system.cluster, system.stack)
+    half_width = NORMAL_QUANTILE * standard_deviation_s(exposed_s, errors)
+    return Interval(max(step_time_s - half_width, lower_s), step_time_s + half_width, LEVEL)
+
+
+def _parameters(system: System, evaluation: PlanEvaluation) -> Parameters:
+    counts = count_parameters(system.scenario.model)
+    stored = PRECISION_BYTES[system.scenario.precision.parameters]
+    per_device = round(float(evaluation.memory["weights"][0]) / stored)
+    return Parameters(counts.total, counts.active, counts.expert, per_device, counts.mtp)
+
+
+def _pipeline_answer(evaluation: PlanEvaluation, bubble_s: float, columns: Columns) -> PipelineAnswer:
+    case, stages = int(evaluation.pass_case[0]), evaluation.plan.stages
+    times = evaluation.times
+    per_stage = (times.forward_s + times.backward_s)[:, case].reshape(-1, stages).sum(axis=0)
+    busy = float(columns["num_micro_batches"][0]) * float(per_stage.max())
+    return PipelineAnswer([float(value) for value in per_stage], bubble_s / busy, int(np.argmax(per_stage)))
+
+
+def _memory_answer(system: System, evaluation: PlanEvaluation) -> MemoryAnswer:
+    """Whole bytes, so that the categories sum to the peak exactly."""
+    parts = {name: round(float(evaluation.memory[name][0])) for name in CATEGORIES}
+    peak, capacity = sum(parts.values()), int(system.device.usable_memory.value)
+    return MemoryAnswer(
+        **parts, peak=peak, capacity=capacity, deficit=max(peak - capacity, 0), peak_stage=int(evaluation.peak_stage[0])
+    )
+
+
+def _routing_answer(system: System, columns: Columns) -> RoutingAnswer:
+    moe = system.scenario.model.moe
+    if moe is None:
+        return RoutingAnswer(0.0, 0.0, 1.0)
+    group = routing_group_tokens(columns)
+    slots = float(slots_per_expert(moe, columns["capacity_factor"], np.array([group]))[0])
+    degree = int(columns["expert"][0])
+    load = float(system.load_factor(columns["expert"])[0])
+    if float(columns["capacity_factor"][0]) == DROPLESS:
+        return RoutingAnswer(slots, 0.0, load)
+    shares = routed_shares(system.scenario, degree)
+    dropped = dropped_fraction(shares, group * moe.router.experts_per_token, slots)
+    return RoutingAnswer(slots, dropped, load)
+
+
+def _cost(system: System, tokens_per_s: float) -> CostAnswer:
+    price = system.cluster.price_per_device_hour or system.device.price
+    if price is None:
+        return CostAnswer(None, None)
+    per_hour = price.value * system.scenario.devices
+    return CostAnswer(per_hour, per_hour / 3600.0 / tokens_per_s * 1e9)

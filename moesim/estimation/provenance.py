@@ -1,0 +1,72 @@
+"""Which figures an answer rests on, with unit, kind and source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moesim.cost.collectives import required_tiers
+from moesim.describe.quantities import (
+    BandwidthFigure,
+    BytesFigure,
+    Description,
+    DurationFigure,
+    Figure,
+    FlopRateFigure,
+    FrequencyFigure,
+    PowerFigure,
+    PriceFigure,
+)
+from moesim.engine.analytical import System
+from moesim.estimation.step_estimate import SourcedFigure
+
+UNIT_OF_FIGURE: dict[type[Figure], str] = {
+    BandwidthFigure: "bytes_per_s",
+    BytesFigure: "bytes",
+    DurationFigure: "s",
+    FlopRateFigure: "flop_per_s",
+    FrequencyFigure: "hertz",
+    PowerFigure: "watts",
+    PriceFigure: "usd_per_hour",
+}
+
+
+def sourced_figures(system: System) -> list[SourcedFigure]:
+    """Figures of device, cluster and stack that the estimate read."""
+    tiers = required_tiers(system.cluster)
+    used_precisions = {system.scenario.precision.compute, "bf16", "fp32"}
+    figures = []
+    for owner, profile in (("device", system.device), ("cluster", system.cluster), ("stack", system.stack)):
+        for name, figure in _figures(profile, owner):
+            parts = name.split(".")
+            if parts[1] == "peak_flop_rate" and parts[2] not in used_precisions:
+                continue
+            if parts[1] == "collectives" and parts[2] not in tiers:
+                continue
+            if parts[1] in ("power", "clock", "l2_cache"):
+                continue
+            figures.append(
+                SourcedFigure(
+                    name,
+                    figure.value,
+                    UNIT_OF_FIGURE.get(type(figure), ""),
+                    figure.kind,
+                    figure.source,
+                    figure.error_fraction,
+                )
+            )
+    return figures
+
+
+def _figures(value: object, name: str) -> Iterator[tuple[str, Figure]]:
+    """All figures below a value, with dotted names."""
+    if isinstance(value, Figure):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _figures(item, f"{name}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _figures(item, f"{name}.{index}")
+    elif isinstance(value, Description):
+        for key in type(value).model_fields:
+            yield from _figures(getattr(value, key), f"{name}.{key}")

@@ -1,0 +1,1 @@
+"""What a step consists of, as pure data: shapes, groups, schedules and bytes, but no seconds."""

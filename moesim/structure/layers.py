@@ -1,0 +1,121 @@
+"""Kinds of layers in a model and how they are spread over pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from moesim.describe.model import Model
+from moesim.structure.columns import FloatArray
+
+Side = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that cost the same: the side of the model and the kind of feed-forward network."""
+
+    side: Side
+    is_moe: bool
+    has_cross_attention: bool
+
+    @property
+    def name(self) -> str:
+        """Readable name: ``decoder.moe``."""
+        return f"{self.side}.{'moe' if self.is_moe else 'dense'}"
+
+
+@dataclass(frozen=True)
+class LayerSequence:
+    """All layers of a model in order.
+
+    Attributes
+    ----------
+    kinds : tuple of LayerKind
+        Distinct kinds.
+    order : tuple of int
+        Kind index of every layer, first to last (encoder before decoder).
+    mtp_layers : int
+        Multi-token-prediction modules after the last layer.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    order: tuple[int, ...]
+    mtp_layers: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Layers of each kind, multi-token-prediction modules not included."""
+        return tuple(self.order.count(index) for index in range(len(self.kinds)))
+
+
+def layer_sequence(model: Model) -> LayerSequence:
+    """Expand the runs of a model."""
+    crosses = model.architecture == "encoder_decoder"
+    flat = [
+        LayerKind("encoder", kind == "moe", False) for run in model.encoder_layers or [] for kind in run.kinds()
+    ] + [LayerKind("decoder", kind == "moe", crosses) for run in model.layers for kind in run.kinds()]
+    kinds = tuple(dict.fromkeys(flat))
+    index = {kind: position for position, kind in enumerate(kinds)}
+    return LayerSequence(kinds, tuple(index[kind] for kind in flat), model.mtp_layers)
+
+
+def even_layers_per_chunk(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Spread layers as evenly as possible; what is left over goes to the chunks after the first.
+
+    The first chunk has the embedding and the last the head, so the inner ones take the extra layers.
+
+    >>> even_layers_per_chunk(61, 16)
+    (3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 3)
+    """
+    share, extra = divmod(num_layers, num_chunks)
+    first_extra = 1 if extra < num_chunks - 1 or num_chunks == 1 else 0
+    return tuple(share + (1 if first_extra <= index < first_extra + extra else 0) for index in range(num_chunks))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Layers of each kind in each chunk of the pipeline.
+
+    ``counts[kind, chunk]`` with chunks in model order; chunk c runs on stage c modulo ``stages``. Embedding belongs to
+    the first chunk; head, loss and multi-token prediction to the last.
+    """
+
+    stages: int
+    virtual_stages: int
+    counts: FloatArray
+
+    def stage_counts(self) -> FloatArray:
+        """Layers of each kind on each stage, shape (n_kinds, stages)."""
+        n_kinds = self.counts.shape[0]
+        return np.asarray(self.counts.reshape(n_kinds, self.virtual_stages, self.stages).sum(axis=1))
+
+
+@lru_cache(maxsize=1024)
+def stage_plan(
+    sequence: LayerSequence, stages: int, virtual_stages: int, layers_per_stage: tuple[int, ...] | None = None
+) -> StagePlan:
+    """Assign layers to chunks: evenly, or as ``layers_per_stage`` says (spread evenly over a stage's chunks)."""
+    per_chunk = _layers_per_chunk(len(sequence.order), stages, virtual_stages, layers_per_stage)
+    counts = np.zeros((len(sequence.kinds), stages * virtual_stages))
+    position = 0
+    for chunk, layers in enumerate(per_chunk):
+        for kind in sequence.order[position : position + layers]:
+            counts[kind, chunk] += 1
+        position += layers
+    return StagePlan(stages, virtual_stages, counts)
+
+
+def _layers_per_chunk(
+    num_layers: int, stages: int, virtual_stages: int, layers_per_stage: Sequence[int] | None
+) -> tuple[int, ...]:
+    if layers_per_stage is None:
+        return even_layers_per_chunk(num_layers, stages * virtual_stages)
+    if virtual_stages == 1:
+        return tuple(layers_per_stage)
+    shares = [even_layers_per_chunk(layers, virtual_stages) for layers in layers_per_stage]
+    return tuple(shares[stage][chunk] for chunk in range(virtual_stages) for stage in range(stages))

@@ -1,0 +1,280 @@
+"""From a model to operation tables: the context that all lowering shares, and the layers and ends of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moesim.describe.hardware import Stack
+from moesim.describe.model import Model
+from moesim.describe.quantities import PRECISION_BYTES
+from moesim.describe.scenario import Scenario
+from moesim.structure.columns import Columns, FloatArray
+from moesim.structure.placement import ProcessGroup, group_columns, process_group
+from moesim.structure.step_graph import (
+    Collective,
+    CollectiveKind,
+    Gemm,
+    MemoryTraffic,
+    Operation,
+    Phase,
+    RoutedCopies,
+    Stream,
+)
+
+TOKEN_COLUMNS: tuple[str, ...] = (
+    "micro_batch",
+    "source_length",
+    "target_length",
+    "tensor",
+    "sequence",
+    "context",
+)
+
+
+@dataclass(frozen=True)
+class LoweringContext:
+    """What every lowering function needs: the fixed part of the scenarios, the stack and the cases' columns."""
+
+    scenario: Scenario
+    stack: Stack
+    columns: Columns
+
+    @property
+    def model(self) -> Model:
+        """The model, shared by all cases."""
+        return self.scenario.model
+
+    @property
+    def is_training(self) -> bool:
+        """Whether gradients are computed."""
+        return self.scenario.workload.kind == "training"
+
+    @property
+    def activation_bytes(self) -> float:
+        """Bytes of one stored activation."""
+        return PRECISION_BYTES[self.scenario.precision.activations]
+
+    @property
+    def saved_bytes(self) -> float:
+        """Bytes of one activation kept for the backward pass."""
+        precision = self.scenario.precision
+        return PRECISION_BYTES[precision.saved or precision.activations]
+
+    @property
+    def gemm_input_bytes(self) -> float:
+        """Bytes of one GEMM operand as read: quantised formats are read quantised, others as stored."""
+        compute = PRECISION_BYTES[self.scenario.precision.compute]
+        return compute if compute < 2 else self.activation_bytes
+
+    @property
+    def dispatch_bytes(self) -> float:
+        """Bytes of one activation sent to an expert."""
+        return PRECISION_BYTES[self.scenario.precision.dispatch]
+
+    @property
+    def combine_bytes(self) -> float:
+        """Bytes of one activation sent back: as dispatched, but never below 16 bits (sums need them)."""
+        return max(self.dispatch_bytes, 2.0)
+
+    def tokens(self, side: str) -> FloatArray:
+        """Tokens of one micro-batch on one device, before tensor sharding; a decode step has one per sequence."""
+        columns = self.columns
+        if self.scenario.workload.kind == "decode":
+            return columns["micro_batch"] / columns["context"]
+        length = columns["source_length"] if side == "encoder" else columns["target_length"]
+        return columns["micro_batch"] * length / columns["context"]
+
+    def sequence_shard(self) -> FloatArray:
+        """Ranks over which element-wise work between tensor-parallel blocks is split."""
+        columns = self.columns
+        return columns["tensor"] ** columns["sequence"]
+
+    def group(self, dimension: str) -> ProcessGroup:
+        """Process group of a mesh dimension."""
+        return process_group(self.columns, self.scenario.parallelism.rank_order, dimension)
+
+
+def token_columns(scenario: Scenario) -> tuple[str, ...]:
+    """Columns that decide the non-expert part of a layer, strides of its groups included."""
+    order = scenario.parallelism.rank_order
+    names = TOKEN_COLUMNS + group_columns(order, "tensor") + group_columns(order, "context")
+    return tuple(dict.fromkeys(names))
+
+
+def gemm(
+    context: LoweringContext,
+    phase: Phase,
+    shape: tuple[FloatArray, FloatArray | float, FloatArray | float],
+    *,
+    groups: FloatArray | float = 1.0,
+    precision: str | None = None,
+) -> Gemm:
+    """Work of one GEMM (rows, columns, inner) in a phase; weight gradients accumulate in the gradients' format."""
+    ones = shape[0] * 0 + 1.0
+    is_weight_gradient = phase == "weight_gradient"
+    output = PRECISION_BYTES[context.scenario.precision.gradients] if is_weight_gradient else context.activation_bytes
+    return Gemm(
+        shape[0],
+        ones * shape[1],
+        ones * shape[2],
+        ones * groups,
+        precision or context.scenario.precision.compute,
+        context.gemm_input_bytes,
+        output,
+        accumulates=is_weight_gradient,
+    )
+
+
+def linear(
+    context: LoweringContext,
+    name: str,
+    category: str,
+    shape: tuple[FloatArray, FloatArray | float, FloatArray | float],
+    *,
+    groups: FloatArray | float = 1.0,
+    precision: str | None = None,
+    load_factor: FloatArray | None = None,
+    is_recomputed_selectively: bool = False,
+) -> list[Operation]:
+    """A linear layer, Y[rows, columns] = X[rows, inner] W: forward, activation gradient and weight gradient.
+
+    The gradients are products of the same three extents: dX = dY W^T has inner = columns, dW = X^T dY inner = rows.
+    """
+    rows, columns, inner = shape
+    ones = rows * 0 + 1.0
+    shapes: dict[Phase, tuple[FloatArray, FloatArray | float, FloatArray | float]] = {"forward": shape}
+    if context.is_training:
+        shapes["activation_gradient"] = (rows, inner, columns)
+        shapes["weight_gradient"] = (ones * inner, columns, rows)
+    return [
+        Operation(
+            name,
+            category,
+            phase,
+            "compute",
+            gemm(context, phase, phase_shape, groups=groups, precision=precision),
+            load_factor=load_factor,
+            is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
+        )
+        for phase, phase_shape in shapes.items()
+    ]
+
+
+def traffic(
+    context: LoweringContext,
+    name: str,
+    category: str,
+    elements: FloatArray,
+    *,
+    passes: tuple[float, float],
+    kernels: tuple[int, int] = (1, 1),
+    element_bytes: float | None = None,
+    load_factor: FloatArray | None = None,
+    is_recomputed_selectively: bool = False,
+) -> list[Operation]:
+    """Element-wise work: ``passes`` over ``elements`` forward and backward, each a read or a write."""
+    width = context.activation_bytes if element_bytes is None else element_bytes
+    phases: list[Phase] = ["forward", "activation_gradient"] if context.is_training else ["forward"]
+    return [
+        Operation(
+            name,
+            category,
+            phase,
+            "compute",
+            MemoryTraffic(elements * (passes[index] * width)),
+            kernels=kernels[index],
+            load_factor=load_factor,
+            is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
+        )
+        for index, phase in enumerate(phases)
+    ]
+
+
+def collective(
+    context: LoweringContext,
+    name: str,
+    stream: Stream,
+    group: ProcessGroup,
+    *,
+    forward: Sequence[tuple[CollectiveKind, FloatArray]],
+    backward: Sequence[tuple[CollectiveKind, FloatArray]],
+    load_factor: FloatArray | None = None,
+    copies: RoutedCopies | None = None,
+) -> list[Operation]:
+    """Collectives of a layer, forward and backward; the stream's name is also the category."""
+    phases: list[tuple[Phase, Sequence[tuple[CollectiveKind, FloatArray]]]] = [("forward", forward)]
+    if context.is_training:
+        phases.append(("activation_gradient", backward))
+    return [
+        Operation(name, stream, phase, stream, Collective(kind, num_bytes, group, copies), load_factor=load_factor)
+        for phase, collectives in phases
+        for kind, num_bytes in collectives
+    ]
+
+
+def tensor_parallel_block(context: LoweringContext, name: str, tokens: FloatArray) -> list[Operation]:
+    """Tensor-parallel communication around one block: one all-reduce, or all-gather and reduce-scatter.
+
+    Megatron-LM (arXiv:1909.08053, section 3) and with sequence parallelism (arXiv:2205.05198, section 4.2.2), where the
+    backward pass gathers the block's input once more. Either form moves the same bytes forward.
+    """
+    columns = context.columns
+    group = context.group("tensor")
+    num_bytes = tokens * (context.model.hidden_size * context.activation_bytes)
+    is_sequence = columns["sequence"]
+    reduced, gathered = num_bytes * (1 - is_sequence), num_bytes * is_sequence
+    return collective(
+        context,
+        name,
+        "tensor_parallel",
+        group,
+        forward=[("all_reduce", reduced), ("all_gather", gathered), ("reduce_scatter", gathered)],
+        backward=[("all_reduce", reduced), ("all_gather", gathered * 2), ("reduce_scatter", gathered)],
+    )
+
+
+def norm_and_residual(context: LoweringContext, name: str, tokens: FloatArray, blocks: float) -> list[Operation]:
+    """Norm before and residual addition after each block.
+
+    Fused: norm reads and writes (2 passes), residual reads two and writes one (3); backward 3 + 3. Without fusion, bias
+    (2) and dropout (3) are kernels of their own.
+    """
+    elements = tokens / context.sequence_shard() * (context.model.hidden_size * blocks)
+    if context.stack.fuses_elementwise:
+        kernels = (round(2 * blocks), round(2 * blocks))
+        return traffic(context, name, "memory_bound", elements, passes=(5, 6), kernels=kernels)
+    kernels = (round(4 * blocks), round(5 * blocks))
+    return traffic(context, name, "memory_bound", elements, passes=(10, 10), kernels=kernels)
+
+
+def feed_forward(
+    context: LoweringContext,
+    name: str,
+    tokens: FloatArray,
+    width: float,
+    is_gated: bool,
+    *,
+    category: str = "dense_ffn",
+) -> list[Operation]:
+    """A dense feed-forward network sharded over the tensor group: up (and gate), activation, down, communication."""
+    hidden = context.model.hidden_size
+    local = width / context.columns["tensor"]
+    gate = 2.0 if is_gated else 1.0
+    fused = context.stack.fuses_elementwise
+    forward_passes = (3.0 if is_gated else 2.0) if fused else (5.0 if is_gated else 4.0)
+    backward_passes = (5.0 if is_gated else 3.0) if fused else (8.0 if is_gated else 5.0)
+    kernels = (1, 1) if fused else (2, 2)
+    return [
+        *linear(context, f"{name}.up", category, (tokens, local * gate, hidden)),
+        *traffic(
+            context,
+            f"{name}.activation",
+            "memory_bound",
+            tokens * local,
+            passes=(forward_passes, backward_passes),
+            kernels=kernels,
+        ),
+        *linear(context, f"{name}.down", category, (tokens, hidden, local)),
+        *tensor_parallel_block(context, f"{name}.tensor_parallel", tokens),
+    ]

@@ -1,0 +1,272 @@
+"""Lowering of the MoE block: router, dispatch, all-to-all, expert GEMMs, combine, shared experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.describe.model import MixtureOfExperts
+from moesim.describe.quantities import PRECISION_BYTES
+from moesim.describe.scenario import Scenario
+from moesim.structure.columns import DROPLESS, WHOLE_RANK_GROUP, FloatArray
+from moesim.structure.layers import LayerKind
+from moesim.structure.lowering import (
+    LoweringContext,
+    collective,
+    feed_forward,
+    linear,
+    token_columns,
+    traffic,
+)
+from moesim.structure.parameters import shared_width
+from moesim.structure.placement import group_columns
+from moesim.structure.step_graph import Operation, OperationTable, RoutedCopies
+
+LoadFactor = Callable[[FloatArray], FloatArray]
+CEILING_SLACK = 1e-9
+
+
+def moe_columns(scenario: Scenario) -> tuple[str, ...]:
+    """Columns that decide the cost of a MoE block."""
+    order = scenario.parallelism.rank_order
+    names = (*token_columns(scenario), "capacity_factor", "group_tokens")
+    names += group_columns(order, "expert") + group_columns(order, "expert_tensor") + ("expert", "expert_tensor")
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Tokens, slots and rows of one MoE block on one device; arrays (n_cases,).
+
+    Attributes
+    ----------
+    tokens : ndarray
+        Tokens routed by this device: its own, a tensor-parallel rank takes 1/tensor of the replicated ones.
+    groups, group_tokens : ndarray
+        Routing groups on this device and tokens of each.
+    slots : ndarray
+        Slots of one expert for one routing group; with dropless routing the mean assignments.
+    sent_rows : ndarray
+        Rows this device sends to experts, empty slots included: groups * num_experts * slots.
+    local_experts : ndarray
+        Experts held by this device (each a 1/expert_tensor shard).
+    rows_per_expert : ndarray
+        Rows one of them computes at mean load.
+    is_dropless : ndarray of bool
+        Whether rows follow the load instead of fixed slots.
+    """
+
+    tokens: FloatArray
+    groups: FloatArray
+    group_tokens: FloatArray
+    slots: FloatArray
+    sent_rows: FloatArray
+    local_experts: FloatArray
+    rows_per_expert: FloatArray
+    is_dropless: FloatArray
+
+
+def slots_per_expert(moe: MixtureOfExperts, capacity_factor: FloatArray, group_tokens: FloatArray) -> FloatArray:
+    """Slots one expert offers to one routing group: a whole number, at least one.
+
+    ``capacity_per: token`` gives ceil(cf * S / E) whatever k is (GShard, arXiv:2006.16668; Flaxformer); ``assignment``
+    gives ceil(k * cf * S / E) (Tutel, arXiv:2206.03382, equation 1; Megatron-Core). Dropless routing has no slots: the
+    mean assignments k * S / E are returned.
+    """
+    k = float(moe.router.experts_per_token)
+    mean = k * group_tokens / moe.num_experts
+    scale = 1.0 if moe.router.capacity_per == "assignment" else 1.0 / k
+    capacity = np.maximum(np.ceil(mean * scale * capacity_factor - CEILING_SLACK), 1.0)
+    return np.where(capacity_factor == DROPLESS, mean, capacity)
+
+
+def routed_tokens(context: LoweringContext, side: str) -> RoutedTokens:
+    """Token accounting of one MoE block."""
+    moe = context.model.moe
+    assert moe is not None
+    columns = context.columns
+    tokens = context.tokens(side) / columns["tensor"]
+    asked = columns["group_tokens"]
+    group_tokens = np.where(asked == WHOLE_RANK_GROUP, tokens, np.minimum(asked, tokens))
+    groups = tokens / group_tokens
+    slots = slots_per_expert(moe, columns["capacity_factor"], group_tokens)
+    return RoutedTokens(
+        tokens=tokens,
+        groups=groups,
+        group_tokens=group_tokens,
+        slots=slots,
+        sent_rows=groups * moe.num_experts * slots,
+        local_experts=moe.num_experts / columns["expert"],
+        rows_per_expert=groups * slots * columns["expert"] * columns["expert_tensor"],
+        is_dropless=columns["capacity_factor"] == DROPLESS,
+    )
+
+
+def moe_part(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> OperationTable:
+    """All operations of one MoE block; ``load_factor`` maps expert degrees to fullest rank over mean, (n_cases,)."""
+    moe = context.model.moe
+    assert moe is not None
+    routed = routed_tokens(context, kind.side)
+    factor = np.where(routed.is_dropless, load_factor(context.columns["expert"]), 1.0)
+    operations = _router(context, moe, routed)
+    if context.stack.dispatch == "one_hot_einsum":
+        operations += _einsum_dispatch(context, moe, routed)
+    else:
+        operations += _permute_dispatch(context, routed, factor)
+    operations += _all_to_all(context, routed, factor)
+    operations += _experts(context, moe, routed, factor)
+    width = shared_width(context.model)
+    if width:
+        tokens = context.tokens(kind.side)
+        operations += feed_forward(context, "shared_expert", tokens, width, moe.is_gated)
+    operations += _tensor_parallel_gather(context, routed)
+    return OperationTable(f"{kind.name}.moe_part", operations)
+
+
+def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens) -> list[Operation]:
+    """Router GEMM, softmax and choice.
+
+    A softmax reads and writes the logits and a fused top-k reads them once. One-hot stacks choose by k sequential
+    argmax passes, each followed by a mask and a position count (2 passes); prototypes (k_top_1) choose in parallel, so
+    one.
+    """
+    router = moe.router
+    logits = routed.tokens * float(moe.num_experts)
+    sequential = float(router.experts_per_token) if router.kind == "top_k" else 1.0
+    if context.stack.dispatch == "one_hot_einsum":
+        passes = 3.0 + 4.0 * sequential
+        kernels = round(3 + 4 * sequential)
+    else:
+        passes, kernels = 4.0, 4
+    shape = (routed.tokens, float(moe.num_experts), float(context.model.hidden_size))
+    return linear(context, "router.gemm", "router", shape, precision=router.precision) + traffic(
+        context,
+        "router.choice",
+        "router",
+        logits,
+        passes=(passes, 3),
+        kernels=(kernels, 3),
+        element_bytes=PRECISION_BYTES[router.precision],
+    )
+
+
+def _einsum_dispatch(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens) -> list[Operation]:
+    """Dispatch GSEC,GSM->EGCM and combine GSEC,EGCM->GSM (GShard, algorithm 2), and their masks.
+
+    Each is 2 * S * (E C) * M FLOPs per group, forward; backward, dispatch has one gradient, combine two.
+    """
+    hidden = float(context.model.hidden_size)
+    cells = moe.num_experts * routed.slots
+    dispatch = linear(
+        context, "dispatch.einsum", "dispatch_combine", (cells, hidden, routed.group_tokens), groups=routed.groups
+    )
+    combine = linear(
+        context, "combine.einsum", "dispatch_combine", (routed.group_tokens, hidden, cells), groups=routed.groups
+    )
+    masks = traffic(
+        context,
+        "dispatch.masks",
+        "dispatch_combine",
+        routed.tokens * cells,
+        passes=(4, 2),
+        kernels=(4, 2),
+    )
+    return [row for row in dispatch if row.phase != "weight_gradient"] + combine + masks
+
+
+def _permute_dispatch(context: LoweringContext, routed: RoutedTokens, factor: FloatArray) -> list[Operation]:
+    """Gather rows by expert and scatter them back with their weights; a fused dispatch moves them once.
+
+    Permute: read the tokens, write the rows, and again into expert order on the receiving side; combine mirrors it.
+    """
+    hidden = float(context.model.hidden_size)
+    rows = routed.sent_rows * hidden
+    passes = 6.0 if context.stack.dispatch == "permute" else 3.0
+    kernels = 8 if context.stack.dispatch == "permute" else 3
+    return traffic(
+        context,
+        "dispatch.permute",
+        "dispatch_combine",
+        rows,
+        passes=(passes, passes),
+        kernels=(kernels, kernels),
+        load_factor=factor,
+    )
+
+
+def _all_to_all(context: LoweringContext, routed: RoutedTokens, factor: FloatArray) -> list[Operation]:
+    """Rows to their experts and back, forward and backward; then the expert-tensor group shares its rows."""
+    hidden = context.model.hidden_size
+    columns = context.columns
+    out_bytes = routed.sent_rows * (hidden * context.dispatch_bytes)
+    back_bytes = routed.sent_rows * (hidden * context.combine_bytes)
+    operations = collective(
+        context,
+        "experts.all_to_all",
+        "all_to_all",
+        context.group("expert"),
+        forward=[("all_to_all", out_bytes), ("all_to_all", back_bytes)],
+        backward=[("all_to_all", back_bytes), ("all_to_all", back_bytes)],
+        load_factor=factor,
+        copies=_copies(context),
+    )
+    received = routed.local_experts * routed.rows_per_expert * (hidden * context.activation_bytes)
+    shared = received * (columns["expert_tensor"] > 1)
+    return operations + collective(
+        context,
+        "experts.expert_tensor_parallel",
+        "tensor_parallel",
+        context.group("expert_tensor"),
+        forward=[("all_gather", shared), ("reduce_scatter", shared)],
+        backward=[("all_gather", shared), ("reduce_scatter", shared)],
+        load_factor=factor,
+    )
+
+
+def _copies(context: LoweringContext) -> RoutedCopies | None:
+    moe = context.model.moe
+    if moe is None or not context.stack.sends_one_copy_per_node:
+        return None
+    limit = moe.router.max_nodes_per_token
+    return RoutedCopies(float(moe.router.experts_per_token), math.inf if limit is None else float(limit))
+
+
+def _experts(
+    context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens, factor: FloatArray
+) -> list[Operation]:
+    """Grouped GEMMs of the local experts over their rows, and the activation between them."""
+    hidden = float(context.model.hidden_size)
+    local = moe.intermediate_size / context.columns["expert_tensor"]
+    gate = 2.0 if moe.is_gated else 1.0
+    rows, experts = routed.rows_per_expert, routed.local_experts
+    up = linear(context, "expert.up", "expert_gemm", (rows, local * gate, hidden), groups=experts, load_factor=factor)
+    down = linear(context, "expert.down", "expert_gemm", (rows, hidden, local), groups=experts, load_factor=factor)
+    fused = context.stack.fuses_elementwise
+    activation = traffic(
+        context,
+        "expert.activation",
+        "memory_bound",
+        experts * rows * local,
+        passes=((3, 5) if fused else (5, 8)) if moe.is_gated else ((2, 3) if fused else (4, 5)),
+        kernels=(1, 1) if fused else (2, 2),
+        load_factor=factor,
+    )
+    return up + activation + down
+
+
+def _tensor_parallel_gather(context: LoweringContext, routed: RoutedTokens) -> list[Operation]:
+    """Without sequence parallelism, tensor ranks route 1/tensor of the tokens each and gather the results."""
+    columns = context.columns
+    whole = routed.tokens * columns["tensor"] * (context.model.hidden_size * context.activation_bytes)
+    whole = whole * (1 - columns["sequence"]) * (columns["tensor"] > 1)
+    return collective(
+        context,
+        "moe.tensor_parallel",
+        "tensor_parallel",
+        context.group("tensor"),
+        forward=[("all_gather", whole)],
+        backward=[("all_gather", whole)],
+    )

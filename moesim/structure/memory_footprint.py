@@ -1,0 +1,315 @@
+"""Bytes per device by category and stage: weights, gradients, optimizer, activations, buffers.
+
+Each part is computed over the distinct cases of the few columns it reads; shapes are (stages, n_cases).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.describe.model import LatentAttention, MultiHeadAttention
+from moesim.describe.quantities import PRECISION_BYTES
+from moesim.describe.scenario import Scenario
+from moesim.structure.columns import RECOMPUTE_CODES, FloatArray
+from moesim.structure.layers import LayerKind, LayerSequence, StagePlan
+from moesim.structure.lowering import LoweringContext
+from moesim.structure.lowering_moe import LoadFactor, moe_columns, routed_tokens
+from moesim.structure.parameters import (
+    ShardedSizes,
+    attention_output_width,
+    attention_widths,
+    embedding_matrices,
+    head_matrices,
+    layer_matrices,
+    mtp_layer_kind,
+    mtp_matrices,
+    sharded_sizes,
+    shared_width,
+)
+from moesim.structure.pipeline_schedules import micro_batches_in_flight
+
+STATE_COLUMNS: tuple[str, ...] = ("data", "context", "tensor", "expert", "expert_tensor", "expert_data", "zero_stage")
+CATEGORIES: tuple[str, ...] = ("weights", "gradients", "optimizer", "activations", "buffers", "other")
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Weights, gradients and optimizer state, each of shape (stages, n_cases)."""
+
+    weights: FloatArray
+    gradients: FloatArray
+    optimizer: FloatArray
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters per stage before sharding, by sharding: each of shape (stages,)."""
+
+    tensor: FloatArray
+    replicated: FloatArray
+    expert: FloatArray
+    tensor_factored: FloatArray
+    replicated_factored: FloatArray
+    expert_factored: FloatArray
+
+
+def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePlan) -> StageParameters:
+    """Sum matrices over the layers of each stage; a tied head on another stage than the embedding is a copy."""
+    model = scenario.model
+    layers = [sharded_sizes(layer_matrices(model, kind)) for kind in sequence.kinds]
+    counts = plan.stage_counts()
+    first, last = embedding_matrices(model), head_matrices(model)
+    if model.tied_embeddings and plan.stages > 1:
+        last = last + embedding_matrices(model)
+    last = last + mtp_matrices(model, mtp_layer_kind(sequence)) * model.mtp_layers
+    ends = {0: [sharded_sizes(first)], plan.stages - 1: [sharded_sizes(last)]}
+    if plan.stages == 1:
+        ends = {0: [sharded_sizes(first), sharded_sizes(last)]}
+
+    def per_stage(attribute: str) -> FloatArray:
+        total = np.zeros(plan.stages)
+        for index, size in enumerate(layers):
+            total = total + counts[index] * getattr(size, attribute)
+        for stage, sizes in ends.items():
+            total[stage] += sum(getattr(size, attribute) for size in sizes)
+        return total
+
+    return StageParameters(*(per_stage(name) for name in ShardedSizes.__dataclass_fields__))
+
+
+def local_parameters(context: LoweringContext, stages: StageParameters) -> tuple[FloatArray, FloatArray]:
+    """Non-expert and expert parameters on one device before ZeRO, each of shape (stages, n_cases)."""
+    columns = context.columns
+    dense = stages.tensor[:, None] / columns["tensor"] + stages.replicated[:, None]
+    expert = stages.expert[:, None] / (columns["expert"] * columns["expert_tensor"])
+    return dense, expert
+
+
+def optimizer_bytes_per_parameter(scenario: Scenario) -> float:
+    """Bytes of master copy and unfactored moments per parameter."""
+    precision, optimizer = scenario.precision, scenario.optimizer
+    master = 0.0 if precision.master == precision.parameters else PRECISION_BYTES[precision.master]
+    moments = {"adam": 2, "adafactor": int(optimizer.momentum), "sgd": int(optimizer.momentum)}[optimizer.kind]
+    return master + moments * PRECISION_BYTES[optimizer.state]
+
+
+def state_bytes(context: LoweringContext, stages: StageParameters) -> StateBytes:
+    """Weights, gradients and optimizer state under ZeRO (arXiv:1910.02054).
+
+    Stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well: non-expert ones over data * context,
+    experts over expert_data. Inference holds weights only.
+    """
+    scenario, columns = context.scenario, context.columns
+    dense, expert = local_parameters(context, stages)
+    zero = columns["zero_stage"]
+    dense_shard, expert_shard = columns["data"] * columns["context"], columns["expert_data"]
+
+    def sharded(from_stage: int) -> FloatArray:
+        is_sharded = zero >= from_stage
+        return dense / np.where(is_sharded, dense_shard, 1.0) + expert / np.where(is_sharded, expert_shard, 1.0)
+
+    weights = sharded(3) * PRECISION_BYTES[scenario.precision.parameters]
+    if not context.is_training:
+        return StateBytes(weights, weights * 0, weights * 0)
+    gradients = sharded(2) * PRECISION_BYTES[scenario.precision.gradients]
+    optimizer = sharded(1) * optimizer_bytes_per_parameter(scenario)
+    if scenario.optimizer.kind == "adafactor":
+        optimizer = optimizer + _factored_bytes(context, stages)
+    if scenario.optimizer.offload == "optimizer":
+        optimizer = optimizer * 0
+    return StateBytes(weights, gradients, optimizer)
+
+
+def _factored_bytes(context: LoweringContext, stages: StageParameters) -> FloatArray:
+    """Row and column sums of Adafactor's second moment; tensor sharding cuts one of the two, so half is halved."""
+    columns = context.columns
+    dense = stages.tensor_factored[:, None] * (1 + 1 / columns["tensor"]) / 2 + stages.replicated_factored[:, None]
+    expert = stages.expert_factored[:, None] * (1 + 1 / columns["expert_tensor"]) / 2 / columns["expert"]
+    return (dense + expert) * PRECISION_BYTES[context.scenario.optimizer.state]
+
+
+def memory_columns(scenario: Scenario) -> tuple[str, ...]:
+    """Columns that decide activations and buffers."""
+    return tuple(dict.fromkeys((*moe_columns(scenario), "recompute", "num_micro_batches", "zero_stage")))
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes one layer keeps for the backward pass of one micro-batch; arrays (n_cases,)."""
+
+    everything: FloatArray
+    selective: FloatArray
+    layer_input: FloatArray
+
+    def kept(self, recompute: FloatArray) -> FloatArray:
+        """Bytes kept under each case's recompute policy."""
+        full = np.where(recompute == RECOMPUTE_CODES["full"], self.layer_input, self.everything)
+        return np.where(recompute == RECOMPUTE_CODES["selective"], self.selective, full)
+
+
+def layer_activations(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> LayerActivations:
+    """Activations of one layer, tensor by tensor (after arXiv:2205.05198, section 4)."""
+    tokens = context.tokens(kind.side)
+    unit = context.model.hidden_size * context.saved_bytes
+    layer_input = tokens / context.sequence_shard() * unit
+    keys = context.columns["source_length" if kind.side == "encoder" else "target_length"]
+    everything, dropped = _attention_activations(context, tokens, tokens, keys)
+    if kind.has_cross_attention:
+        source = context.columns["source_length"]
+        cross, cross_dropped = _attention_activations(context, tokens, context.tokens("encoder"), source)
+        everything, dropped = everything + cross, dropped + cross_dropped
+    ffn = context.model.dense_ffn
+    if kind.is_moe:
+        everything = everything + _moe_activations(context, kind, load_factor)
+    elif ffn is not None:
+        everything = everything + _ffn_activations(context, tokens, ffn.intermediate_size, ffn.is_gated)
+    return LayerActivations(everything, everything - dropped, layer_input)
+
+
+def _block_ends(context: LoweringContext, tokens: FloatArray) -> FloatArray:
+    """Norm input and output of one block, and a dropout mask where it is a kernel of its own."""
+    shard = tokens / context.sequence_shard() * context.model.hidden_size
+    mask = 0.0 if context.stack.fuses_elementwise else 1.0
+    return shard * (2 * context.saved_bytes + mask)
+
+
+def _attention_activations(
+    context: LoweringContext, tokens: FloatArray, key_tokens: FloatArray, key_length: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Bytes kept by an attention block, and those of them that selective recompute drops."""
+    model, tensor = context.model, context.columns["tensor"]
+    attention, width = model.attention, context.saved_bytes
+    query, key, value = attention_widths(model)
+    projected = (tokens * query + key_tokens * (key + value)) / tensor * width
+    output = tokens * attention_output_width(model) / tensor * width
+    kept = _block_ends(context, tokens) + projected + output
+    dropped = projected * 0
+    if isinstance(attention, LatentAttention):
+        latent = tokens * (attention.query_rank or 0) + key_tokens * (attention.kv_rank + attention.rope_head_size)
+        kept, dropped = kept + latent * width, projected
+    heads = attention.heads / tensor
+    if context.stack.attention_kernel == "flash":
+        return kept + tokens * heads * 4.0, dropped
+    per_score = width if context.stack.fuses_elementwise else 2 * width + 1.0
+    scores = tokens * key_length * heads * per_score
+    return kept + scores, dropped + scores
+
+
+def _ffn_activations(context: LoweringContext, tokens: FloatArray, width: float, is_gated: bool) -> FloatArray:
+    inner = tokens * (width * (3.0 if is_gated else 2.0)) / context.columns["tensor"] * context.saved_bytes
+    return _block_ends(context, tokens) + inner
+
+
+def _moe_activations(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> FloatArray:
+    """Router outputs, dispatched rows, expert activations, rows to combine, one-hot masks, shared experts."""
+    moe = context.model.moe
+    assert moe is not None
+    routed = routed_tokens(context, kind.side)
+    width, hidden = context.saved_bytes, context.model.hidden_size
+    factor = np.where(routed.is_dropless, load_factor(context.columns["expert"]), 1.0)
+    rows = routed.local_experts * routed.rows_per_expert * factor
+    tokens = context.tokens(kind.side)
+    kept = _block_ends(context, tokens)
+    kept = kept + routed.tokens * (2.0 * moe.num_experts * PRECISION_BYTES[moe.router.precision])
+    inner = moe.intermediate_size * (3.0 if moe.is_gated else 2.0) / context.columns["expert_tensor"]
+    kept = kept + rows * (hidden * context.dispatch_bytes) + rows * inner * width + routed.sent_rows * (hidden * width)
+    if context.stack.dispatch == "one_hot_einsum":
+        kept = kept + routed.tokens * moe.num_experts * routed.slots * (2 * width)
+    shared = shared_width(context.model)
+    if shared:
+        gate = 3.0 if moe.is_gated else 2.0
+        kept = kept + tokens * (shared * gate) / context.columns["tensor"] * width
+    return kept
+
+
+def dispatch_buffer_bytes(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> FloatArray:
+    """Send and receive buffers of one MoE layer's all-to-all, empty slots included; layers reuse them."""
+    routed = routed_tokens(context, kind.side)
+    factor = np.where(routed.is_dropless, load_factor(context.columns["expert"]), 1.0)
+    received = routed.local_experts * routed.rows_per_expert * factor
+    width = max(context.dispatch_bytes, context.combine_bytes)
+    return (routed.sent_rows + received) * (context.model.hidden_size * width)
+
+
+@dataclass(frozen=True)
+class WorkingBytes:
+    """Activations and buffers, each of shape (stages, n_cases)."""
+
+    activations: FloatArray
+    buffers: FloatArray
+
+
+def working_bytes(
+    context: LoweringContext,
+    sequence: LayerSequence,
+    plan: StagePlan,
+    parameters: StageParameters,
+    load_factor: LoadFactor,
+) -> WorkingBytes:
+    """Activations in flight and communication buffers of every stage."""
+    counts = plan.stage_counts()
+    layers = [layer_activations(context, kind, load_factor) for kind in sequence.kinds]
+    if context.is_training:
+        activations = _training_activations(context, plan, counts, layers, sequence)
+    else:
+        largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
+        activations = np.broadcast_to(largest, (plan.stages, len(largest))).copy()
+    buffers = np.zeros_like(activations)
+    for index, kind in enumerate(sequence.kinds):
+        if kind.is_moe:
+            has_kind = (counts[index] > 0)[:, None]
+            buffers = np.maximum(buffers, has_kind * dispatch_buffer_bytes(context, kind, load_factor))
+    buffers = buffers + _gathered_parameters(context, sequence, parameters)
+    if not context.is_training:
+        buffers = buffers + _cache_bytes(context, counts)
+    return WorkingBytes(activations, buffers)
+
+
+def _training_activations(
+    context: LoweringContext,
+    plan: StagePlan,
+    counts: FloatArray,
+    layers: list[LayerActivations],
+    sequence: LayerSequence,
+) -> FloatArray:
+    """Kept activations times micro-batches in flight; full recompute rebuilds one layer at a time; logits and loss."""
+    columns, model = context.columns, context.model
+    recompute = columns["recompute"]
+    schedule = context.scenario.parallelism.pipeline.schedule
+    in_flight = micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, columns["num_micro_batches"])
+    kept = [layer.kept(recompute) for layer in layers]
+    activations = sum(counts[index][:, None] * layer for index, layer in enumerate(kept)) * in_flight
+    largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
+    activations = activations + (recompute == RECOMPUTE_CODES["full"]) * largest
+    logits = context.tokens("decoder") * np.ceil(model.vocab_size / columns["tensor"]) * (2 * 4.0)
+    last = sequence.kinds.index(mtp_layer_kind(sequence))
+    activations[-1] += logits * (1 + model.mtp_layers) + kept[last] * model.mtp_layers
+    return np.asarray(activations, dtype=np.float64)
+
+
+def _gathered_parameters(context: LoweringContext, sequence: LayerSequence, parameters: StageParameters) -> FloatArray:
+    """ZeRO-3 holds two layers' gathered parameters: the one in use and the one being fetched."""
+    columns, model = context.columns, context.model
+    largest = columns["tensor"] * 0.0
+    for kind in sequence.kinds:
+        size = sharded_sizes(layer_matrices(model, kind))
+        experts = size.expert / (columns["expert"] * columns["expert_tensor"])
+        largest = np.maximum(largest, size.tensor / columns["tensor"] + size.replicated + experts)
+    width = PRECISION_BYTES[context.scenario.precision.parameters]
+    return (columns["zero_stage"] >= 3) * largest * (2 * width)
+
+
+def _cache_bytes(context: LoweringContext, counts: FloatArray) -> FloatArray:
+    """Key-value cache of all sequences of the step on this device, every layer of the stage."""
+    columns, attention = context.columns, context.model.attention
+    sequences = columns["micro_batch"] * columns["num_micro_batches"]
+    length = columns["target_length"] / columns["context"]
+    if isinstance(attention, LatentAttention):
+        width: FloatArray = columns["tensor"] * 0 + attention.kv_rank + attention.rope_head_size
+    else:
+        kv_heads = attention.heads if isinstance(attention, MultiHeadAttention) else attention.kv_heads
+        width = np.maximum(kv_heads / columns["tensor"], 1.0) * (2 * attention.head_size)
+    per_layer = sequences * length * width * context.activation_bytes
+    return counts.sum(axis=0)[:, None] * per_layer

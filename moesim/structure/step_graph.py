@@ -1,0 +1,144 @@
+"""The operation table: what a step executes, with shapes over cases and no seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moesim.structure.columns import FloatArray
+from moesim.structure.placement import ProcessGroup
+
+Phase = Literal["forward", "activation_gradient", "weight_gradient"]
+Stream = Literal["compute", "tensor_parallel", "context_parallel", "all_to_all", "data_parallel", "pipeline_p2p"]
+CollectiveKind = Literal["all_to_all", "all_reduce", "all_gather", "reduce_scatter", "point_to_point"]
+
+CATEGORIES: tuple[str, ...] = (
+    "attention",
+    "dense_ffn",
+    "router",
+    "dispatch_combine",
+    "expert_gemm",
+    "embedding_head_loss",
+    "memory_bound",
+    "all_to_all",
+    "tensor_parallel",
+    "context_parallel",
+    "data_parallel",
+    "pipeline_p2p",
+    "recompute",
+    "optimizer",
+    "host",
+    "imbalance",
+    "pipeline_bubble",
+)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """``groups`` products (rows x inner)(inner x columns), each its own operands; all arrays (n_cases,).
+
+    ``output_bytes`` per element written, ``accumulates`` when the output is read and added to (weight gradients).
+    ``is_grouped`` when the groups are experts of one kernel, whose rows are padded to the device's granularity.
+    """
+
+    rows: FloatArray
+    columns: FloatArray
+    inner: FloatArray
+    groups: FloatArray
+    precision: str
+    input_bytes: float
+    output_bytes: float
+    accumulates: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionCore:
+    """Scores, softmax and weighted sum: ``pairs`` of query and key per head and device, arrays (n_cases,).
+
+    ``matmul_width`` is the sum of the inner widths of its products (forward: key + value head size); ``heads`` per
+    device. ``visible_fraction`` of the pairs is needed (one half when causal). ``io_elements`` are read or written
+    once.
+    """
+
+    pairs: FloatArray
+    heads: FloatArray
+    matmul_width: float
+    visible_fraction: float
+    io_elements: FloatArray
+    precision: str
+    element_bytes: float
+
+
+@dataclass(frozen=True)
+class MemoryTraffic:
+    """An element-wise or data-moving kernel: bytes read and written, array (n_cases,)."""
+
+    num_bytes: FloatArray
+
+
+@dataclass(frozen=True)
+class RoutedCopies:
+    """Copies of a token where an all-to-all sends one per node: ``choices`` experts on up to ``max_nodes`` nodes."""
+
+    choices: float
+    max_nodes: float
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective of one process group.
+
+    ``num_bytes`` (n_cases,): all_to_all, all_reduce: the buffer of one rank; all_gather: the gathered whole;
+    reduce_scatter: the whole before; point_to_point: the message. ``copies`` None: every choice is sent on its own.
+    """
+
+    kind: CollectiveKind
+    num_bytes: FloatArray
+    group: ProcessGroup
+    copies: RoutedCopies | None = None
+
+
+Work = Gemm | AttentionCore | MemoryTraffic | Collective
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row of the operation table.
+
+    Attributes
+    ----------
+    name : str
+        Operator, dotted: ``attention.qkv``.
+    category : str
+        One of ``CATEGORIES``: where the answer's breakdown counts it.
+    phase : str
+        Forward, activation gradient or weight gradient.
+    stream : str
+        What executes it.
+    work : Gemm, AttentionCore, MemoryTraffic or Collective
+        Shapes over cases.
+    kernels : int
+        Launches by the host.
+    load_factor : ndarray of shape (n_cases,) or None
+        Most loaded rank over mean, for operations that grow with routed load; None for the others.
+    is_recomputed_selectively : bool
+        Whether selective recompute runs it again in the backward pass.
+    """
+
+    name: str
+    category: str
+    phase: Phase
+    stream: Stream
+    work: Work
+    kernels: int = 1
+    load_factor: FloatArray | None = None
+    is_recomputed_selectively: bool = False
+
+
+@dataclass(frozen=True)
+class OperationTable:
+    """Operations of one layer kind or of the model's ends, over the distinct cases of the columns they read."""
+
+    name: str
+    operations: Sequence[Operation]

@@ -1,0 +1,185 @@
+"""Who sends how many tokens where: routing presets, expert loads, capacity and drops.
+
+NumPy only, so that measured and simulated runs can share the same draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+HOT_FRACTION = 0.10
+HOT_SHARE = 0.5
+HOT_RANK_RATIO = 4.0
+BURST_PROBABILITY = 0.1
+EXPECTATION_DRAWS = 64
+PLACEMENT_SEED = 0
+
+
+def draw(
+    preset: str,
+    tokens_per_rank: int,
+    num_experts: int,
+    experts_per_token: int,
+    num_ranks: int,
+    step: int,
+    layer: int,
+    seed: int,
+) -> npt.NDArray[np.int64]:
+    """Draw one token matrix of a routing preset.
+
+    Parameters
+    ----------
+    preset : str
+        W0 equal loads, W1 hot set, W2 hot rank, W3 Dirichlet(1), W4 ragged source, W5 zero-load rank, W6 rotating hot
+        rank, W7 burst (W0, but W1 with probability 0.1).
+    tokens_per_rank, num_experts, experts_per_token, num_ranks : int
+        Mean tokens of a rank, experts of the layer (a multiple of the ranks), choices per token, expert-parallel ranks.
+    step, layer, seed : int
+        The generator is ``default_rng([seed, step, layer])``.
+
+    Returns
+    -------
+    ndarray of shape (num_ranks, num_experts)
+        Assignments from each source rank to each expert; each row sums to its tokens times ``experts_per_token``.
+
+    Raises
+    ------
+    ValueError
+        If the preset is unknown or the experts do not divide over the ranks.
+
+    Examples
+    --------
+    >>> draw("W0", 8, 4, 1, 2, 0, 0, 1).tolist()
+    [[2, 2, 2, 2], [2, 2, 2, 2]]
+    """
+    if num_experts % num_ranks:
+        raise ValueError(f"{num_experts} experts do not divide over {num_ranks} ranks")
+    generator = np.random.default_rng([seed, step, layer])
+    if preset == "W7":
+        preset = "W1" if generator.random() < BURST_PROBABILITY else "W0"
+    sources = np.full(num_ranks, tokens_per_rank, dtype=np.int64)
+    if preset == "W4":
+        ragged = generator.uniform(0.5, 1.5, num_ranks)
+        sources = np.round(tokens_per_rank * ragged).astype(np.int64)
+    share = preset_shares(preset, num_experts, num_ranks, step, generator)
+    totals = sources * experts_per_token
+    if preset in ("W0", "W4"):
+        return _even_rows(totals, num_experts)
+    return np.stack([generator.multinomial(total, share) for total in totals]).astype(np.int64)
+
+
+def _even_rows(totals: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.int64]:
+    """Spread each row evenly to within one; what is left over starts at a different expert on each rank."""
+    base, extra = np.divmod(totals, num_experts)
+    first = np.concatenate([[0], np.cumsum(extra)[:-1]]) % num_experts
+    position = (np.arange(num_experts)[None, :] - first[:, None]) % num_experts
+    return np.asarray(base[:, None] + (position < extra[:, None]), dtype=np.int64)
+
+
+def preset_shares(
+    preset: str, num_experts: int, num_ranks: int, step: int, generator: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Probability of each expert, shape (num_experts,), in a routing preset."""
+    per_rank = num_experts // num_ranks
+    share = np.ones(num_experts)
+    if preset in ("W0", "W4"):
+        return share / num_experts
+    if preset == "W1":
+        hot = generator.choice(num_experts, size=max(1, round(HOT_FRACTION * num_experts)), replace=False)
+        if len(hot) == num_experts:
+            return share / num_experts
+        share *= (1 - HOT_SHARE) / (num_experts - len(hot))
+        share[hot] = HOT_SHARE / len(hot)
+        return share
+    if preset in ("W2", "W6"):
+        rank = step % num_ranks if preset == "W6" else 0
+        return _one_rank_at(min(HOT_RANK_RATIO, num_ranks), rank, num_experts, num_ranks)
+    if preset == "W3":
+        return generator.dirichlet(np.ones(num_experts))
+    if preset == "W5":
+        if num_ranks == 1:
+            return share / num_experts
+        share[:per_rank] = 0.0
+        return np.asarray(share / share.sum())
+    raise ValueError(f"unknown routing preset {preset!r}; presets are W0 to W7")
+
+
+def _one_rank_at(ratio: float, rank: int, num_experts: int, num_ranks: int) -> npt.NDArray[np.float64]:
+    """Expert shares where one rank's experts take ``ratio`` times the mean and the others share the rest evenly."""
+    per_rank = num_experts // num_ranks
+    if num_ranks == 1:
+        return np.full(num_experts, 1 / num_experts)
+    share = np.full(num_experts, (1 - ratio / num_ranks) / (num_experts - per_rank))
+    share[rank * per_rank : (rank + 1) * per_rank] = ratio / num_experts
+    return share
+
+
+def expert_shares(
+    kind: str,
+    num_experts: int,
+    num_ranks: int,
+    *,
+    exponent: float = 0.0,
+    concentration: float = 1.0,
+    loads: Sequence[float] = (),
+    preset: str = "W0",
+    max_over_mean: float = 1.0,
+) -> npt.NDArray[np.float64]:
+    """Shares of the experts under an imbalance kind, shape (n_draws, num_experts); each row sums to 1.
+
+    Kinds without randomness give one row; the others ``EXPECTATION_DRAWS`` rows from a fixed seed, to be averaged over.
+    """
+    generator = np.random.default_rng(PLACEMENT_SEED)
+    match kind:
+        case "uniform":
+            rows = [np.full(num_experts, 1 / num_experts)]
+        case "max_over_mean":
+            rows = [_one_rank_at(min(max_over_mean, num_ranks), 0, num_experts, num_ranks)]
+        case "power_law":
+            popularity = np.arange(1, num_experts + 1, dtype=np.float64) ** -exponent
+            rows = [generator.permutation(popularity / popularity.sum()) for _ in range(EXPECTATION_DRAWS)]
+        case "dirichlet":
+            rows = [generator.dirichlet(np.full(num_experts, concentration)) for _ in range(EXPECTATION_DRAWS)]
+        case "histogram":
+            measured = np.asarray(loads, dtype=np.float64)
+            rows = [measured / measured.sum()]
+        case "preset":
+            rows = _preset_rows(preset, num_experts, num_ranks, generator)
+        case _:
+            raise ValueError(f"unknown imbalance kind {kind!r}")
+    return np.stack(rows)
+
+
+def _preset_rows(
+    preset: str, num_experts: int, num_ranks: int, generator: np.random.Generator
+) -> list[npt.NDArray[np.float64]]:
+    if preset in ("W0", "W2", "W4", "W5"):
+        return [preset_shares(preset, num_experts, num_ranks, 0, generator)]
+    if preset == "W7":
+        bursts = [generator.random() < BURST_PROBABILITY for _ in range(EXPECTATION_DRAWS)]
+        return [preset_shares("W1" if burst else "W0", num_experts, num_ranks, 0, generator) for burst in bursts]
+    return [preset_shares(preset, num_experts, num_ranks, step, generator) for step in range(EXPECTATION_DRAWS)]
+
+
+def max_over_mean_load(shares: npt.NDArray[np.float64], num_ranks: int) -> float:
+    """Load of the fullest rank over the mean load of a rank, averaged over the draws.
+
+    >>> max_over_mean_load(np.array([[0.5, 0.25, 0.125, 0.125]]), 2)
+    1.5
+    """
+    per_rank = shares.reshape(len(shares), num_ranks, -1).sum(axis=2)
+    return float(np.mean(per_rank.max(axis=1)) * num_ranks)
+
+
+def dropped_fraction(shares: npt.NDArray[np.float64], assignments: float, slots_per_expert: float) -> float:
+    """Fraction of assignments beyond an expert's slots: sum over experts of max(0, load - slots) / assignments.
+
+    Loads are the shares times ``assignments``; the scatter of a finite sample around them is not added.
+    """
+    if assignments <= 0:
+        return 0.0
+    excess = np.maximum(shares * assignments - slots_per_expert, 0.0)
+    return float(np.mean(excess.sum(axis=1)) / assignments)

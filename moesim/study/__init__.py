@@ -1,0 +1,1 @@
+"""Many scenarios: spaces, sweeps and scaling."""
