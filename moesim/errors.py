@@ -32,6 +32,8 @@ ERROR_CODES: dict[str, str] = {
     "E-FMT-011": "a key that is not plain, printable text",
     "E-FMT-012": "more than one YAML document in a file",
     "E-FMT-013": "a number or text that cannot be represented",
+    "E-OUT-001": "an output that cannot be written",
+    "E-CLI-001": "a command line that cannot be understood",
     "E-FIT-001": "a configuration that does not fit into the memory of the device",
     "E-DOM-001": "a value outside the range in which the model was calibrated",
     "E-SIM-001": "a defect of moesim itself",

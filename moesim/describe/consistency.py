@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moesim.describe.hardware import Cluster, Device, Stack, TorusFabric
-from moesim.describe.model import HistogramLoad, LayerRun
+from moesim.describe.model import MAX_LAYERS, HistogramLoad, LayerRun
 from moesim.describe.scenario import DEFAULT_RANK_ORDER, Scenario
 
 
@@ -51,7 +51,7 @@ def _layer_problems(scenario: Scenario) -> Iterator[Inconsistency]:
             f"model.{side}.{index}.ffn"
             for side, runs in sides
             for index, run in enumerate(runs)
-            if needed in run.kinds()[:64]
+            if needed in run.kinds()
         ]
         if users and getattr(model, name) is None:
             yield Inconsistency(
@@ -77,9 +77,6 @@ def _layer_problems(scenario: Scenario) -> Iterator[Inconsistency]:
         yield Inconsistency(
             "E-SCN-007", "model.layers", f"{total} layers exceed {MAX_LAYERS}", f"use at most {MAX_LAYERS} layers"
         )
-
-
-MAX_LAYERS = 10_000
 
 
 def _length_problems(scenario: Scenario) -> Iterator[Inconsistency]:
@@ -121,17 +118,6 @@ def _moe_problems(scenario: Scenario) -> Iterator[Inconsistency]:
             yield Inconsistency(
                 "E-SCN-007", "model.moe.router.imbalance.loads", "all loads are zero", "give tokens per expert"
             )
-    experts = moe.num_experts
-    if experts > MAX_EXPERTS:
-        yield Inconsistency(
-            "E-SCN-007",
-            "model.moe.num_experts",
-            f"{experts} experts exceed {MAX_EXPERTS}",
-            f"use at most {MAX_EXPERTS}; product-key routers are not modelled yet",
-        )
-
-
-MAX_EXPERTS = 2_000_000
 
 
 def hardware_mismatches(scenario: Scenario, device: Device, cluster: Cluster, stack: Stack) -> Iterator[Inconsistency]:

@@ -47,6 +47,25 @@ class ExpectedType:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """One alternative of an untagged union, which pydantic tried.
+
+    Parameters
+    ----------
+    path : str
+        Dotted path of the union.
+    name : str
+        Pydantic's name of the alternative.
+    union : ExpectedType
+        The type of the union.
+    """
+
+    path: str
+    name: str
+    union: ExpectedType
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where an error location leads.
 
@@ -58,20 +77,14 @@ class Place:
         What is expected there.
     parent : type of BaseModel, optional
         The model that the last part of the path is, or should be, a field of.
-    union_path : str, optional
-        Dotted path of the outermost untagged union on the way.
-    union_member : str
-        Pydantic's name of the alternative that the error is about.
-    union_expected : ExpectedType, optional
-        The type of that union.
+    alternatives : tuple of Alternative
+        What was entered of the untagged unions on the way, outermost first.
     """
 
     path: str
     expected: ExpectedType
     parent: type[BaseModel] | None = None
-    union_path: str | None = None
-    union_member: str = ""
-    union_expected: ExpectedType | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
 
 UNKNOWN = ExpectedType(())
@@ -107,9 +120,8 @@ def _in_alternative(place: Place, name: str) -> Place:
     named = [member for member in union.members if _type_name(member) in words]
     named.sort(key=lambda member: words.index(_type_name(member)))
     expected = expected_type((named or [member for member in union.members if not is_model(member)] or [None])[0])
-    if place.union_path is None:
-        return replace(place, expected=expected, union_path=place.path, union_member=name, union_expected=union)
-    return replace(place, expected=expected)
+    entered = Alternative(place.path, name, union)
+    return replace(place, expected=expected, alternatives=(*place.alternatives, entered))
 
 
 def _type_name(member: object) -> str:

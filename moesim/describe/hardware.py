@@ -12,6 +12,7 @@ from moesim.describe.quantities import (
     Count,
     Description,
     DurationFigure,
+    Flag,
     FlopRateFigure,
     Fraction,
     FrequencyFigure,
@@ -111,7 +112,7 @@ class TorusFabric(Description):
 
     kind: Literal["torus"]
     dimensions: Annotated[list[Count], Field(min_length=1, max_length=3)]
-    wraparound: Annotated[list[bool], Field(min_length=1, max_length=3)]
+    wraparound: Annotated[list[Flag], Field(min_length=1, max_length=3)]
     link_bandwidth: BandwidthFigure
     hop_latency: DurationFigure
     on_chip_bandwidth: BandwidthFigure | None = None
@@ -135,7 +136,7 @@ class LaunchBehaviour(Description):
     """Host side of a step: launch time per kernel, whether graphs hide it, synchronisations of dropless counts."""
 
     kernel_launch_time: DurationFigure
-    uses_cuda_graphs: bool
+    uses_cuda_graphs: Flag
     host_synchronisations_per_moe_layer: Annotated[int, Field(ge=0, le=100, strict=True)]
     host_synchronisation_time: DurationFigure
 
@@ -155,7 +156,7 @@ class CollectiveTier(Description):
     reduce_fraction: NumberFigure
     all_to_all_fraction: NumberFigure
     point_to_point_fraction: NumberFigure
-    all_to_all_uses_wraparound: bool = True
+    all_to_all_uses_wraparound: Flag = True
 
 
 class OverlapAchieved(Description):
@@ -187,10 +188,10 @@ class Stack(Description):
     launch: LaunchBehaviour
     dispatch: Literal["one_hot_einsum", "permute", "fused"]
     attention_kernel: Literal["flash", "materialised"]
-    fuses_elementwise: bool
+    fuses_elementwise: Flag
     gemm_compute_fraction: NumberFigure
     collective_library: Identifier
-    sends_one_copy_per_node: bool = False
+    sends_one_copy_per_node: Flag = False
     collectives: Annotated[dict[Tier, CollectiveTier], Field(min_length=1)]
     overlap: OverlapAchieved
     memory: StackMemory

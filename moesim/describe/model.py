@@ -6,7 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moesim.describe.quantities import Count, Description, NonNegativeCount, PositiveNumber, Precision
+from moesim.describe.quantities import Count, Description, Flag, NonNegativeCount, PositiveNumber, Precision
+
+MAX_LAYERS = 10_000
+MAX_MTP_LAYERS = 64
+MAX_EXPERTS = 2_000_000
+"""Beyond these a file is a mistake, and its expansion would exhaust memory."""
 
 
 class MultiHeadAttention(Description):
@@ -48,7 +53,7 @@ class FeedForward(Description):
     """A dense feed-forward network: two matrices, or three when gated."""
 
     intermediate_size: Count
-    is_gated: bool = False
+    is_gated: Flag = False
 
 
 class UniformLoad(Description):
@@ -61,14 +66,14 @@ class MaxOverMeanLoad(Description):
     """The most loaded expert rank gets ``value`` times the mean."""
 
     kind: Literal["max_over_mean"]
-    value: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    value: Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
 
 
 class PowerLawLoad(Description):
     """Expert i (from 1) has popularity i**-exponent; experts are placed in a fixed random order."""
 
     kind: Literal["power_law"]
-    exponent: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+    exponent: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False, strict=True)]
 
 
 class DirichletLoad(Description):
@@ -82,7 +87,7 @@ class HistogramLoad(Description):
     """Measured tokens per expert, in expert order; its length is the number of experts."""
 
     kind: Literal["histogram"]
-    loads: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=1)]
+    loads: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]], Field(min_length=1)]
 
 
 class PresetLoad(Description):
@@ -119,9 +124,9 @@ class Router(Description):
 class MixtureOfExperts(Description):
     """The experts of one MoE layer; every MoE layer of the model has the same."""
 
-    num_experts: Count
+    num_experts: Annotated[int, Field(gt=0, le=MAX_EXPERTS, strict=True)]
     intermediate_size: Count
-    is_gated: bool = False
+    is_gated: Flag = False
     shared_experts: NonNegativeCount = 0
     shared_intermediate_size: Count | None = None
     router: Router
@@ -133,7 +138,7 @@ FeedForwardKind = Literal["dense", "moe"]
 class LayerRun(Description):
     """``count`` consecutive layers; a list of ``ffn`` kinds is cycled through them: [dense, moe, dense, ...]."""
 
-    count: Count
+    count: Annotated[int, Field(gt=0, le=MAX_LAYERS, strict=True)]
     attention: Literal["default"] = "default"
     ffn: FeedForwardKind | Annotated[list[FeedForwardKind], Field(min_length=1, max_length=64)]
 
@@ -154,10 +159,10 @@ class Model(Description):
     architecture: Literal["decoder_only", "encoder_decoder"]
     hidden_size: Count
     vocab_size: Count
-    tied_embeddings: bool = True
+    tied_embeddings: Flag = True
     attention: Attention
     dense_ffn: FeedForward | None = None
     moe: MixtureOfExperts | None = None
     encoder_layers: Annotated[list[LayerRun], Field(min_length=1)] | None = None
     layers: Annotated[list[LayerRun], Field(min_length=1)]
-    mtp_layers: NonNegativeCount = 0
+    mtp_layers: Annotated[int, Field(ge=0, le=MAX_MTP_LAYERS, strict=True)] = 0

@@ -12,8 +12,9 @@ INT64_MAX = 2**63 - 1
 
 Count = Annotated[int, Field(gt=0, le=INT64_MAX, strict=True)]
 NonNegativeCount = Annotated[int, Field(ge=0, le=INT64_MAX, strict=True)]
-PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 
 Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp4", "int8"]
 PRECISION_BYTES: dict[str, float] = {

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from moesim.describe.hardware import Identifier
 from moesim.describe.model import Model
-from moesim.describe.quantities import Count, Description, NonNegativeCount, Precision
+from moesim.describe.quantities import Count, Description, Flag, NonNegativeCount, Precision
 
 
 class Workload(Description):
@@ -48,7 +48,7 @@ class Optimizer(Description):
     """Update rule; ``momentum`` adds a first moment to Adafactor or SGD, ``state`` is the moments' number format."""
 
     kind: Literal["adam", "adafactor", "sgd"]
-    momentum: bool = False
+    momentum: Flag = False
     state: Precision = "fp32"
     offload: Literal["none", "optimizer"] = "none"
 
@@ -78,7 +78,7 @@ class Parallelism(Description):
 
     data: Count | Literal["auto"] = "auto"
     tensor: Count = 1
-    sequence: bool = False
+    sequence: Flag = False
     context: Count = 1
     pipeline: PipelineParallelism = PipelineParallelism()
     expert: Count = 1

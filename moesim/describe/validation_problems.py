@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,27 +81,28 @@ def problems_from_validation(document: Document, error: ValidationError, model: 
     return tuple(document.problem(found.code, found.path, found.message, found.remedy) for found in findings)
 
 
-def _closest_alternatives(errors: Sequence[tuple[Place, ErrorDetails]]) -> list[tuple[Place, ErrorDetails]]:
+def _closest_alternatives(errors: list[tuple[Place, ErrorDetails]]) -> list[tuple[Place, ErrorDetails]]:
     """Keep, of the alternatives of each untagged union, the errors of the one that comes closest."""
-    chosen: dict[str, tuple[tuple[int, int], str]] = {}
-    for union_path in {place.union_path for place, _ in errors if place.union_path is not None}:
-        members: dict[str, list[tuple[Place, ErrorDetails]]] = {}
+    for level in range(max((len(place.alternatives) for place, _ in errors), default=0)):
+        ranks: dict[str, dict[str, tuple[int, int]]] = {}
         for place, detail in errors:
-            if place.union_path == union_path:
-                members.setdefault(place.union_member, []).append((place, detail))
-        ranks = {name: (min(_distance(*one) for one in group), len(group)) for name, group in members.items()}
-        nearest = min(ranks, key=lambda name: ranks[name])
-        chosen[union_path] = (ranks[nearest], nearest)
-    return [
-        (place, detail)
-        for place, detail in errors
-        if place.union_path is None or chosen[place.union_path][1] == place.union_member
-    ]
+            if level < len(place.alternatives):
+                tried = place.alternatives[level]
+                nearest, count = ranks.setdefault(tried.path, {}).get(tried.name, (4, 0))
+                ranks[tried.path][tried.name] = (min(nearest, _distance(place, detail, tried.path)), count + 1)
+        closest = {path: min(members, key=members.__getitem__) for path, members in ranks.items()}
+        errors = [
+            (place, detail)
+            for place, detail in errors
+            if level >= len(place.alternatives)
+            or closest[place.alternatives[level].path] == place.alternatives[level].name
+        ]
+    return errors
 
 
-def _distance(place: Place, detail: ErrorDetails) -> int:
+def _distance(place: Place, detail: ErrorDetails, union_path: str) -> int:
     """Rank how far a value is from an alternative: wrong inside, out of range, another choice, another type."""
-    if place.path != place.union_path:
+    if place.path != union_path:
         return 0
     kind = detail["type"]
     if kind in _BOUNDS or kind in _LENGTHS or kind in ("finite_number", "value_error"):
@@ -112,9 +113,8 @@ def _distance(place: Place, detail: ErrorDetails) -> int:
 def _findings(place: Place, detail: ErrorDetails, model: type[BaseModel]) -> list[_Finding]:
     """Say what one pydantic error means."""
     kind, context = detail["type"], detail.get("ctx", {})
-    expected = place.expected
-    if place.union_expected is not None and place.path == place.union_path:
-        expected = place.union_expected
+    unions_here = (tried.union for tried in place.alternatives if tried.path == place.path)
+    expected = next(unions_here, place.expected)
     if kind == "value_error" and isinstance(cause := context.get("error"), Exception):
         return _from_validator(place.path, cause)
     if kind == "extra_forbidden":

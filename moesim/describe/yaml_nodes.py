@@ -192,7 +192,7 @@ class _Builder:
         node = self._anchors[anchor]
         if node is None:
             self._fail("E-FMT-006", f"the alias *{anchor} stands inside its own anchor", "write the value itself")
-        self._count(1)
+        self._count(node.num_nodes)
         if node.height > depth:
             self._fail("E-FMT-006", f"more than {MAX_DEPTH} levels of nesting", "write a flatter document")
         return node

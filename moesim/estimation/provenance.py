@@ -36,7 +36,7 @@ def sourced_figures(system: System) -> list[SourcedFigure]:
     used_precisions = {system.scenario.precision.compute, "bf16", "fp32"}
     figures = []
     for owner, profile in (("device", system.device), ("cluster", system.cluster), ("stack", system.stack)):
-        for name, figure in _figures(profile, owner):
+        for name, figure in figures_of(profile, owner):
             parts = name.split(".")
             if parts[1] == "peak_flop_rate" and parts[2] not in used_precisions:
                 continue
@@ -57,16 +57,16 @@ def sourced_figures(system: System) -> list[SourcedFigure]:
     return figures
 
 
-def _figures(value: object, name: str) -> Iterator[tuple[str, Figure]]:
+def figures_of(value: object, name: str) -> Iterator[tuple[str, Figure]]:
     """All figures below a value, with dotted names."""
     if isinstance(value, Figure):
         yield name, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _figures(item, f"{name}.{key}")
+            yield from figures_of(item, f"{name}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _figures(item, f"{name}.{index}")
+            yield from figures_of(item, f"{name}.{index}")
     elif isinstance(value, Description):
         for key in type(value).model_fields:
-            yield from _figures(getattr(value, key), f"{name}.{key}")
+            yield from figures_of(getattr(value, key), f"{name}.{key}")

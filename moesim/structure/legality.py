@@ -14,6 +14,8 @@ from moesim.describe.scenario import Scenario
 from moesim.structure.columns import AUTO_DEGREE, WHOLE_RANK_GROUP, Columns, FloatArray
 from moesim.structure.layers import layer_sequence
 
+MAX_MICRO_BATCHES = 10_000_000
+
 BoolArray = npt.NDArray[np.bool_]
 Row = Callable[[str], int]
 
@@ -112,6 +114,14 @@ def _degree_rules(cluster: Cluster, columns: Columns) -> Iterator[Rule]:
         ~_is_whole(columns["num_micro_batches"]),
         "sequences_per_step {step_sequences} is no multiple of data {data} x sequences_per_micro_batch {micro_batch}",
         "choose sequences_per_step as a multiple of data x sequences_per_micro_batch",
+    )
+    yield Rule(
+        "too_many_micro_batches",
+        "E-SCN-007",
+        "workload.sequences_per_step",
+        columns["num_micro_batches"] > MAX_MICRO_BATCHES,
+        "{num_micro_batches} micro-batches per step",
+        f"keep them below {MAX_MICRO_BATCHES}",
     )
 
 

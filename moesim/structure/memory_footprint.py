@@ -312,4 +312,4 @@ def _cache_bytes(context: LoweringContext, counts: FloatArray) -> FloatArray:
         kv_heads = attention.heads if isinstance(attention, MultiHeadAttention) else attention.kv_heads
         width = np.maximum(kv_heads / columns["tensor"], 1.0) * (2 * attention.head_size)
     per_layer = sequences * length * width * context.activation_bytes
-    return counts.sum(axis=0)[:, None] * per_layer
+    return np.asarray(counts.sum(axis=0)[:, None] * per_layer)

@@ -15,6 +15,7 @@ HOT_SHARE = 0.5
 HOT_RANK_RATIO = 4.0
 BURST_PROBABILITY = 0.1
 EXPECTATION_DRAWS = 64
+DRAWN_SHARES = 4_000_000
 PLACEMENT_SEED = 0
 
 
@@ -130,9 +131,11 @@ def expert_shares(
 ) -> npt.NDArray[np.float64]:
     """Shares of the experts under an imbalance kind, shape (n_draws, num_experts); each row sums to 1.
 
-    Kinds without randomness give one row; the others ``EXPECTATION_DRAWS`` rows from a fixed seed, to be averaged over.
+    Kinds without randomness give one row; the others up to ``EXPECTATION_DRAWS`` rows from a fixed seed, to be
+    averaged over.
     """
     generator = np.random.default_rng(PLACEMENT_SEED)
+    draws = max(2, min(EXPECTATION_DRAWS, DRAWN_SHARES // num_experts))
     match kind:
         case "uniform":
             rows = [np.full(num_experts, 1 / num_experts)]
@@ -140,28 +143,28 @@ def expert_shares(
             rows = [_one_rank_at(min(max_over_mean, num_ranks), 0, num_experts, num_ranks)]
         case "power_law":
             popularity = np.arange(1, num_experts + 1, dtype=np.float64) ** -exponent
-            rows = [generator.permutation(popularity / popularity.sum()) for _ in range(EXPECTATION_DRAWS)]
+            rows = [generator.permutation(popularity / popularity.sum()) for _ in range(draws)]
         case "dirichlet":
-            rows = [generator.dirichlet(np.full(num_experts, concentration)) for _ in range(EXPECTATION_DRAWS)]
+            rows = [generator.dirichlet(np.full(num_experts, concentration)) for _ in range(draws)]
         case "histogram":
             measured = np.asarray(loads, dtype=np.float64)
             rows = [measured / measured.sum()]
         case "preset":
-            rows = _preset_rows(preset, num_experts, num_ranks, generator)
+            rows = _preset_rows(preset, num_experts, num_ranks, generator, draws)
         case _:
             raise ValueError(f"unknown imbalance kind {kind!r}")
     return np.stack(rows)
 
 
 def _preset_rows(
-    preset: str, num_experts: int, num_ranks: int, generator: np.random.Generator
+    preset: str, num_experts: int, num_ranks: int, generator: np.random.Generator, draws: int
 ) -> list[npt.NDArray[np.float64]]:
     if preset in ("W0", "W2", "W4", "W5"):
         return [preset_shares(preset, num_experts, num_ranks, 0, generator)]
     if preset == "W7":
-        bursts = [generator.random() < BURST_PROBABILITY for _ in range(EXPECTATION_DRAWS)]
+        bursts = [generator.random() < BURST_PROBABILITY for _ in range(draws)]
         return [preset_shares("W1" if burst else "W0", num_experts, num_ranks, 0, generator) for burst in bursts]
-    return [preset_shares(preset, num_experts, num_ranks, step, generator) for step in range(EXPECTATION_DRAWS)]
+    return [preset_shares(preset, num_experts, num_ranks, step, generator) for step in range(draws)]
 
 
 def max_over_mean_load(shares: npt.NDArray[np.float64], num_ranks: int) -> float:

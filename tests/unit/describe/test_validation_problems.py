@@ -61,6 +61,7 @@ class Whole(Closed):
     degrees: Degrees | None = None
     data: Annotated[int, Field(gt=0, strict=True)] | Literal["auto"] = "auto"
     ffn: Literal["dense", "moe"] | list[Literal["dense", "moe"]] | Degrees = "dense"
+    nested: bool | list[int | Literal["auto"]] = False
     bandwidth: Rate = 1.0
     colour: Colour = Colour.RED
     name: Annotated[str, Field(min_length=2)] = "ab"
@@ -195,6 +196,14 @@ def test_only_the_closest_alternative_of_a_union_is_reported() -> None:
     assert len(_problems(VALID, "ffn=[moe, dens]")) == 1
     assert len(_problems(VALID, "data=0")) == 1
     assert len(_problems(VALID, "ffn=3")) == 1
+    (inner,) = _problems(VALID, "nested=[1, {}]")
+    assert (
+        inner.sentence()
+        == "--set: nested.1: found a mapping, but an integer or 'auto' is needed; write an integer or 'auto'"
+    )
+    (inner,) = _problems(VALID, "nested=[atuo, 2]")
+    assert inner.sentence() == "--set: nested.0: found 'atuo', but an integer or 'auto' is needed; did you mean 'auto'?"
+    assert len(_problems(VALID, "nested=3")) == 1
 
 
 def test_an_unknown_annotation_still_gives_a_problem() -> None:

@@ -1,0 +1,306 @@
+"""The commands and their options; each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT
+from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
+
+if TYPE_CHECKING:
+    from moesim.describe.hardware_library import HardwareLibrary
+    from moesim.estimation.loading import LoadedScenario
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+"""Root of the usage errors: click's ClickException, which typer may carry inside and does not export."""
+
+application = typer.Typer(
+    name="moesim",
+    help="How long does a step of a Mixture-of-Experts model take on a cluster, why, and does it fit?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+hardware_commands = typer.Typer(help="Devices, clusters and software stacks.", no_args_is_help=True)
+chart_commands = typer.Typer(help="Self-contained HTML charts that work offline.", no_args_is_help=True)
+application.add_typer(hardware_commands, name="hardware")
+application.add_typer(chart_commands, name="chart")
+
+ScenarioArgument = Annotated[str, typer.Argument(help="Scenario file, or the name of a shipped scenario.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set a field; may be repeated.")
+]
+ProfilesOption = Annotated[
+    list[Path] | None,
+    typer.Option("--profiles", metavar="DIR", help="Folder of hardware profiles that go before the shipped ones."),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The chart to write.")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; bad input ends with exit code 2 and a sentence, never with a traceback."""
+    command = typer.main.get_command(application)
+    wants_json = "--json" in arguments
+    try:
+        result = command.main(args=list(arguments), prog_name="moesim", standalone_mode=False)
+        return int(result or 0)
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except USAGE_ERROR as error:
+        format_message = getattr(error, "format_message", error.__str__)
+        message = str(format_message())
+        if "\n" in message:  # a command without arguments shows its help
+            print(message, file=sys.stderr)
+            return EXIT_BAD_INPUT
+        problem = Problem(code="E-CLI-001", message=message.rstrip("."), remedy="see moesim --help")
+        return _report([problem], wants_json=wants_json)
+    except (ScenarioError, FormatError) as error:
+        return _report(list(error.problems), wants_json=wants_json)
+    except MoesimError as error:
+        return _report([Problem(code="E-SIM-001", message=str(error), remedy="see above")], wants_json=wants_json)
+    except OSError as error:
+        place = str(error.filename) if error.filename else None
+        problem = Problem(
+            code="E-OUT-001",
+            message=f"cannot write or read: {error.strerror or error}",
+            remedy="check the path, its folder and its permissions",
+            file=place,
+        )
+        return _report([problem], wants_json=wants_json)
+
+
+def _report(problems: list[Problem], *, wants_json: bool) -> int:
+    """Print problems: as JSON on stdout when asked for, as sentences on stderr otherwise."""
+    if wants_json:
+        _print_json({"errors": [problem.to_json() for problem in problems]})
+    else:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        print(f"moesim: {count}", file=sys.stderr)
+        for problem in problems:
+            print(f"  [{problem.code}] {problem.sentence()}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _library(profiles: list[Path] | None) -> HardwareLibrary:
+    from moesim.describe.hardware_library import HardwareLibrary
+
+    return HardwareLibrary(profiles or [])
+
+
+def _load(scenario: str, assignments: list[str] | None, profiles: list[Path] | None) -> LoadedScenario:
+    from moesim.estimation.loading import load
+
+    return load(scenario, assignments=assignments or [], library=_library(profiles))
+
+
+@application.command()
+def estimate(
+    scenarios: Annotated[
+        list[str], typer.Argument(metavar="SCENARIO...", help="Scenario files or names; several stand side by side.")
+    ],
+    as_json: JsonOption = False,
+    assignments: SetOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print each term's formula with its numbers.")] = False,
+    profiles: ProfilesOption = None,
+) -> int:
+    """Step time, its parts, memory and cost of one or more scenarios."""
+    from moesim.estimation.estimate import estimate_loaded
+
+    loaded, problems = [], []
+    for scenario in scenarios:
+        try:
+            loaded.append(_load(scenario, assignments, profiles))
+        except (ScenarioError, FormatError) as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ScenarioError(problems)
+    answers = [estimate_loaded(item) for item in loaded]
+    if as_json:
+        objects = [answer.to_json() for answer in answers]
+        if explain:
+            from moesim.estimation.explanation import explain_step
+
+            for item, answer in zip(loaded, objects, strict=True):
+                answer["explanation"] = [term.to_json() for term in explain_step(item)]
+        _print_json(objects[0] if len(objects) == 1 else {"schema_version": 1, "answers": objects})
+    else:
+        from moesim.cli.text import print_estimates, print_explanation
+
+        print_estimates(answers)
+        if explain:
+            for item in loaded:
+                print_explanation(item)
+    return 0 if all(answer.fits for answer in answers) else EXIT_DOES_NOT_FIT
+
+
+@application.command()
+def check(
+    file: Annotated[str, typer.Argument(help="Scenario or space file, or the name of a shipped scenario.")],
+    as_json: JsonOption = False,
+    assignments: SetOption = None,
+    profiles: ProfilesOption = None,
+) -> int:
+    """Check a scenario or a space file completely, without estimating it."""
+    from moesim.describe.documents import read_document
+    from moesim.resources import find_scenario
+
+    document = read_document(find_scenario(file))
+    if "axes" in document.data:
+        from moesim.estimation.spaces import read_space
+        from moesim.estimation.tables import check_space
+
+        space = read_space(file)
+        check_space(space, profiles or [])
+        facts: dict[str, Any] = {"kind": "space", "rows": len(space), "axes": [axis.name for axis in space.axes]}
+    else:
+        loaded = _load(file, assignments, profiles)
+        facts = {"kind": "scenario", "scenario": loaded.scenario.name, "devices": loaded.scenario.devices}
+    if as_json:
+        _print_json({"ok": True, **facts})
+    else:
+        print(f"{file}: fine ({', '.join(f'{key} {value}' for key, value in facts.items())})")
+    return 0
+
+
+@application.command()
+def schema() -> int:
+    """Print the JSON schema of scenario files."""
+    from moesim.describe.scenario import Scenario
+
+    _print_json(Scenario.model_json_schema())
+    return 0
+
+
+@hardware_commands.command("list")
+def hardware_list(as_json: JsonOption = False, profiles: ProfilesOption = None) -> int:
+    """List the names of devices, clusters and stacks."""
+    library = _library(profiles)
+    kinds: tuple[Literal["devices", "clusters", "stacks"], ...] = ("devices", "clusters", "stacks")
+    names = {kind: library.names(kind) for kind in kinds}
+    if as_json:
+        _print_json(names)
+        return 0
+    from moesim.cli.text import print_hardware_list
+
+    print_hardware_list(library)
+    return 0
+
+
+@hardware_commands.command("show")
+def hardware_show(
+    name: Annotated[str, typer.Argument(help="Name of a device, cluster or stack.")],
+    as_json: JsonOption = False,
+    profiles: ProfilesOption = None,
+) -> int:
+    """Show one profile: every figure with its source."""
+    library = _library(profiles)
+    readers: dict[str, Callable[[str], Any]] = {
+        "devices": library.device,
+        "clusters": library.cluster,
+        "stacks": library.stack,
+    }
+    kinds: tuple[Literal["devices", "clusters", "stacks"], ...] = ("devices", "clusters", "stacks")
+    for kind in kinds:
+        if library.path(kind, name) is not None:
+            profile = readers[kind](name)
+            if as_json:
+                _print_json(profile.model_dump(mode="json"))
+            else:
+                from moesim.cli.text import print_profile
+
+                print_profile(profile, kind)
+            return 0
+    every = [known for kind in kinds for known in library.names(kind)]
+    from moesim.errors import nearest_name
+
+    near = nearest_name(name, every)
+    remedy = f"did you mean {near!r}?" if near else "see moesim hardware list"
+    message = f"no device, cluster or stack is called {name!r}"
+    raise ScenarioError([Problem(code="E-SCN-009", message=message, remedy=remedy)])
+
+
+@application.command()
+def sweep(
+    space: Annotated[str, typer.Argument(help="Space file: a base scenario and axes.")],
+    output: Annotated[Path, typer.Option("--output", metavar="ROWS.csv", help="Table to write.")],
+    as_json: JsonOption = False,
+    profiles: ProfilesOption = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes; one per core by default.")] = None,
+) -> int:
+    """Estimate every scenario of a space; an interrupted sweep goes on where it stopped."""
+    from moesim.study.sweep import run_sweep
+
+    if as_json:
+        _print_json(run_sweep(space, output, profiles=profiles or [], workers=workers).to_json())
+        return 0
+    from moesim.cli.text import print_sweep, sweep_progress
+
+    with sweep_progress() as advance:
+        summary = run_sweep(space, output, profiles=profiles or [], workers=workers, advance=advance)
+    print_sweep(summary)
+    return 0
+
+
+def _chart(kind: str, scenario: str, out: Path, assignments: list[str] | None, profiles: list[Path] | None) -> int:
+    loaded = _load(scenario, assignments, profiles)
+    from moesim.report import charts
+
+    writer: dict[str, Callable[[LoadedScenario, Path], None]] = {
+        "breakdown": charts.write_breakdown_chart,
+        "memory": charts.write_memory_chart,
+        "scaling": charts.write_scaling_chart,
+    }
+    writer[kind](loaded, out)
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+@chart_commands.command("breakdown")
+def chart_breakdown(
+    scenario: ScenarioArgument, out: OutOption, assignments: SetOption = None, profiles: ProfilesOption = None
+) -> int:
+    """Where the step goes: exposed and hidden time by category."""
+    return _chart("breakdown", scenario, out, assignments, profiles)
+
+
+@chart_commands.command("memory")
+def chart_memory(
+    scenario: ScenarioArgument, out: OutOption, assignments: SetOption = None, profiles: ProfilesOption = None
+) -> int:
+    """Memory of the fullest device by category, against what is usable."""
+    return _chart("memory", scenario, out, assignments, profiles)
+
+
+@chart_commands.command("scaling")
+def chart_scaling(
+    scenario: ScenarioArgument, out: OutOption, assignments: SetOption = None, profiles: ProfilesOption = None
+) -> int:
+    """Step time, throughput and cost against the number of devices, weak and strong."""
+    return _chart("scaling", scenario, out, assignments, profiles)
+
+
+@application.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Estimate Mixture-of-Experts steps on clusters."""
+    if version:
+        from moesim import __version__
+
+        print(f"moesim {__version__}")
+        raise typer.Exit(0)
