@@ -89,13 +89,17 @@ class Parallelism(Description):
 
 
 class Scenario(Description):
-    """One question to the simulator, as written in a scenario file."""
+    """One question to the simulator, as written in a scenario file.
+
+    ``flop_convention`` says whether model FLOPs count half of a causal attention's square or all of it.
+    """
 
     schema_version: Literal[1]
     name: Identifier
     description: str = ""
     references: list[str] = []
     assumed: dict[str, str] = {}
+    flop_convention: Literal["causal", "full"] = "causal"
     model: Model
     workload: Workload
     precision: Precisions

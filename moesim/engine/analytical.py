@@ -7,8 +7,7 @@ plan are treated together. One scenario is a table of one row: there is no other
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.scenario import Scenario
 from moesim.engine.layer_cases import PHASES, LayerCases, PhaseName, layer_case_columns, layer_cases
 from moesim.engine.max_plus import pipeline_finish_s
-from moesim.structure.columns import Columns, FloatArray, IntArray, distinct_codes
+from moesim.structure.columns import Columns, Distinct, FloatArray, IntArray, distinct_codes
 from moesim.structure.layers import LayerSequence, StagePlan, layer_sequence, stage_plan
 from moesim.structure.lowering import LoweringContext, token_columns
 from moesim.structure.lowering_moe import LoadFactor
@@ -35,8 +34,6 @@ from moesim.structure.memory_footprint import (
 from moesim.structure.model_flops import model_flops_per_step
 from moesim.structure.placement import group_columns
 
-Arrays = TypeVar("Arrays", StateCosts, StateBytes, WorkingBytes)
-
 
 @dataclass(frozen=True)
 class System:
@@ -51,18 +48,41 @@ class System:
 
 
 @dataclass(frozen=True)
-class StageTimes:
-    """Times of one micro-batch per chunk and phase, arrays (chunks, n_cases), and the hop between stages (n_cases,)."""
+class ChunkTimes:
+    """Times of one micro-batch on every chunk without ZeRO's passes, arrays (chunks, n_layer_cases of the plan).
+
+    ``forward_s`` and ``backward_s`` contain what the host makes the device wait, which is also in ``host_s``; the
+    ``serial`` ones overlap nothing; ``ideal_s`` is forward and backward at peak rates; ``flops`` (n_layer_cases,) are
+    those of all stages.
+    """
 
     forward_s: FloatArray
     backward_s: FloatArray
     serial_forward_s: FloatArray
     serial_backward_s: FloatArray
+    device_forward_s: FloatArray
+    device_backward_s: FloatArray
     ideal_s: FloatArray
     host_s: FloatArray
+    flops: FloatArray
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Times of one micro-batch per pass case.
+
+    ``forward_s`` and ``backward_s`` (chunks, n_cases) include ZeRO's passes, whose exposed and hidden parts have the
+    same shape; hops between stages are (n_cases,). ``chunk`` are the times behind them, ``chunk_case`` each pass's case
+    there.
+    """
+
+    chunk: ChunkTimes
+    chunk_case: IntArray
+    forward_s: FloatArray
+    backward_s: FloatArray
+    has_zero_passes: bool
     zero_exposed_s: FloatArray
     zero_hidden_s: FloatArray
-    flops: FloatArray
     hop_s: FloatArray
     exposed_hop_s: FloatArray
 
@@ -86,9 +106,7 @@ class PlanEvaluation:
     data_parallel_exposed_s: FloatArray
     data_parallel_hidden_s: FloatArray
     optimizer_s: FloatArray
-    memory: dict[str, FloatArray]
-    memory_peak: FloatArray
-    peak_stage: IntArray
+    memory: MemoryBalance
     layer_case: IntArray
     pass_case: IntArray
     times: StageTimes
@@ -115,44 +133,41 @@ def _evaluate_plan(
 ) -> PlanEvaluation:
     scenario = system.scenario
     parameters = stage_parameters(scenario, sequence, plan)
-    state_cases = columns.distinct(state_cost_columns(scenario))
-    context = LoweringContext(scenario, system.stack, columns.take(state_cases.rows))
+    states = columns.distinct(state_cost_columns(scenario))
+    context = LoweringContext(scenario, system.stack, columns.take(states.rows))
     costs = state_costs(context, parameters, system.hardware, system.device)
     columns = columns.with_derived("zero_in_pass", ("zero_stage",), _zero_in_pass)
     passes = columns.distinct(_pass_columns(scenario))
+    layer_case = layers.inverse[rows]
     times = _stage_times(
         system,
         plan,
-        columns.take(passes.rows),
         layers,
-        layers.inverse[rows[passes.rows]],
-        _at(costs, state_cases.inverse[passes.rows]),
+        layer_case[passes.rows],
+        costs,
+        states.inverse[passes.rows],
+        _hops(system, columns)[passes.rows],
     )
     finish, pipe_lower, pipe_upper = _pipeline(system, plan, columns["num_micro_batches"][passes.rows], times)
-    ends = _step_end(system, times, finish, _at(costs, state_cases.inverse), passes.inverse)
-    memory, peak, peak_stage = _memory(system, sequence, plan, parameters, columns)
-    at_rows = _at(costs, state_cases.inverse)
-    lower = np.maximum(pipe_lower[passes.inverse], at_rows.ideal_communication_s.max(axis=0))
-    upper = pipe_upper[passes.inverse] + (at_rows.reduction_s + at_rows.update_gather_s + at_rows.optimizer_s).max(
-        axis=0
-    )
-    flops = times.flops.sum(axis=0)[passes.inverse] * columns["num_micro_batches"]
+    ends = _step_end(system, times, finish, costs, states.inverse, passes.inverse)
+    memory = _memory(system, sequence, plan, parameters, columns, states)
+    after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s).max(axis=0)
+    lower = np.maximum(pipe_lower[passes.inverse], costs.ideal_communication_s.max(axis=0)[states.inverse])
+    flops = times.chunk.flops[times.chunk_case][passes.inverse] * columns["num_micro_batches"]
     return PlanEvaluation(
         rows=rows,
         plan=plan,
         step_time_s=ends.step_time_s,
-        lower_s=lower + at_rows.ideal_optimizer_s.max(axis=0) * ends.is_training,
-        upper_s=np.maximum(upper, ends.step_time_s),
+        lower_s=lower + ends.is_training * costs.ideal_optimizer_s.max(axis=0)[states.inverse],
+        upper_s=np.maximum(pipe_upper[passes.inverse] + after[states.inverse], ends.step_time_s),
         hardware_flops=flops * columns["devices"] / columns["stages"],
         ending_stage=ends.stage,
-        finish_s=finish[:, passes.inverse],
+        finish_s=finish,
         data_parallel_exposed_s=ends.exposed_s,
         data_parallel_hidden_s=ends.hidden_s,
         optimizer_s=ends.optimizer_s,
         memory=memory,
-        memory_peak=peak,
-        peak_stage=peak_stage,
-        layer_case=layers.inverse[rows],
+        layer_case=layer_case,
         pass_case=passes.inverse,
         times=times,
         layers=layers,
@@ -171,9 +186,33 @@ def _pass_columns(scenario: Scenario) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*names, "expert", "expert_tensor", "expert_data")))
 
 
-def _at(arrays: Arrays, cases: IntArray) -> Arrays:
-    """Gather every array of a record along its last axis."""
-    return type(arrays)(*(getattr(arrays, field.name)[..., cases] for field in fields(arrays)))
+def _chunk_times(system: System, plan: StagePlan, layers: LayerCases, cases: IntArray) -> ChunkTimes:
+    """Sum blocks over chunks for some layer cases; the device or the host, whichever is slower."""
+    launch = system.stack.launch
+    moe_layers = np.zeros(plan.counts.shape[1])
+    for index, block in enumerate(layers.layers):
+        moe_layers = moe_layers + plan.counts[index] * block.is_moe
+    sync_s = launch.host_synchronisations_per_moe_layer * launch.host_synchronisation_time.value
+    host_rate = 0.0 if launch.uses_cuda_graphs else launch.kernel_launch_time.value
+
+    def total(phase: PhaseName, attribute: str) -> FloatArray:
+        return _chunk_sum(layers, plan, phase, attribute, cases)
+
+    waiting = {
+        phase: np.maximum(total(phase, "kernels") * host_rate - total(phase, "device_s"), 0.0) for phase in PHASES
+    }
+    waiting["forward"] = waiting["forward"] + (moe_layers * sync_s)[:, None]
+    return ChunkTimes(
+        forward_s=total("forward", "device_s") + waiting["forward"],
+        backward_s=total("backward", "device_s") + waiting["backward"],
+        serial_forward_s=total("forward", "serial_s") + waiting["forward"],
+        serial_backward_s=total("backward", "serial_s") + waiting["backward"],
+        device_forward_s=total("forward", "device_s"),
+        device_backward_s=total("backward", "device_s"),
+        ideal_s=total("forward", "ideal_s") + total("backward", "ideal_s"),
+        host_s=waiting["forward"] + waiting["backward"],
+        flops=(total("forward", "flops") + total("backward", "flops")).sum(axis=0),
+    )
 
 
 def _chunk_sum(layers: LayerCases, plan: StagePlan, phase: PhaseName, attribute: str, cases: IntArray) -> FloatArray:
@@ -191,47 +230,39 @@ def _chunk_sum(layers: LayerCases, plan: StagePlan, phase: PhaseName, attribute:
 def _stage_times(
     system: System,
     plan: StagePlan,
-    columns: Columns,
     layers: LayerCases,
     layer_case: IntArray,
     costs: StateCosts,
+    state_case: IntArray,
+    hop_s: FloatArray,
 ) -> StageTimes:
-    """Times of a micro-batch on every chunk: device or host, whichever is slower, ZeRO passes, hops."""
-    launch, eta = system.stack.launch, system.stack.overlap
-    moe_layers = sum(plan.counts[index] for index, block in enumerate(layers.layers) if block.is_moe) + np.zeros(
-        plan.counts.shape[1]
-    )
-    sync_s = launch.host_synchronisations_per_moe_layer * launch.host_synchronisation_time.value
-    host_rate = 0.0 if launch.uses_cuda_graphs else launch.kernel_launch_time.value
-    by_phase: dict[str, FloatArray] = {}
-    host_total = zero_exposed = zero_hidden = np.zeros((plan.counts.shape[1], len(layer_case)))
-    for phase in PHASES:
-        device_s = _chunk_sum(layers, plan, phase, "device_s", layer_case)
-        serial_s = _chunk_sum(layers, plan, phase, "serial_s", layer_case)
-        host_s = _chunk_sum(layers, plan, phase, "kernels", layer_case) * host_rate
-        synchronised_s = (moe_layers * sync_s)[:, None] if phase == "forward" else 0.0
-        waiting_s = np.maximum(host_s - device_s, 0.0) + synchronised_s
-        moved_s = _per_chunk(costs.pass_gather_s + (costs.pass_scatter_s if phase == "backward" else 0.0), plan)
-        hidden_s = np.minimum(moved_s * eta.data_parallel, device_s)
-        by_phase[phase] = device_s + waiting_s + moved_s - hidden_s
-        by_phase[f"serial_{phase}"] = serial_s + waiting_s + moved_s
-        host_total = host_total + waiting_s
-        zero_exposed, zero_hidden = zero_exposed + moved_s - hidden_s, zero_hidden + hidden_s
-    hops = _hops(system, columns)
-    ideal = sum(_chunk_sum(layers, plan, phase, "ideal_s", layer_case) for phase in PHASES)
-    flops = sum(_chunk_sum(layers, plan, phase, "flops", layer_case) for phase in PHASES)
+    """Times of a micro-batch per pass case: chunks gathered, ZeRO's passes added, hidden as the stack achieves."""
+    used = distinct_codes(layer_case, len(layers.rows))
+    chunk = _chunk_times(system, plan, layers, layer_case[used.rows])
+    forward_s, backward_s = chunk.forward_s[:, used.inverse], chunk.backward_s[:, used.inverse]
+    exposed = hidden = np.broadcast_to(np.zeros(1), forward_s.shape)
+    has_zero_passes = bool(costs.pass_scatter_s.any() or costs.pass_gather_s.any())
+    if has_zero_passes:
+        eta = system.stack.overlap.data_parallel
+        gather = _per_chunk(costs.pass_gather_s, plan)[:, state_case]
+        scatter = gather + _per_chunk(costs.pass_scatter_s, plan)[:, state_case]
+        scatter *= system.scenario.workload.kind == "training"
+        hidden_forward = np.minimum(gather * eta, chunk.device_forward_s[:, used.inverse])
+        hidden_backward = np.minimum(scatter * eta, chunk.device_backward_s[:, used.inverse])
+        forward_s = forward_s + gather - hidden_forward
+        backward_s = backward_s + scatter - hidden_backward
+        hidden = hidden_forward + hidden_backward
+        exposed = gather + scatter - hidden
     return StageTimes(
-        forward_s=by_phase["forward"],
-        backward_s=by_phase["backward"],
-        serial_forward_s=by_phase["serial_forward"],
-        serial_backward_s=by_phase["serial_backward"],
-        ideal_s=np.asarray(ideal),
-        host_s=host_total,
-        zero_exposed_s=zero_exposed,
-        zero_hidden_s=zero_hidden,
-        flops=np.asarray(flops),
-        hop_s=hops,
-        exposed_hop_s=hops * (1.0 - eta.pipeline_p2p),
+        chunk=chunk,
+        chunk_case=used.inverse,
+        forward_s=forward_s,
+        backward_s=backward_s,
+        has_zero_passes=has_zero_passes,
+        zero_exposed_s=exposed,
+        zero_hidden_s=hidden,
+        hop_s=hop_s,
+        exposed_hop_s=hop_s * (1.0 - system.stack.overlap.pipeline_p2p),
     )
 
 
@@ -256,15 +287,19 @@ def _pipeline(
     Lower: a stage's own work at peak rates, after the first micro-batch passed the stages before it and before the last
     returns. Upper: m + p - 1 rounds of the slowest chunks with their hops, nothing overlapped.
     """
-    schedule = system.scenario.parallelism.pipeline.schedule
+    is_training = system.scenario.workload.kind == "training"
+    schedule = system.scenario.parallelism.pipeline.schedule if is_training else "gpipe"
     counts = np.rint(micro_batches).astype(np.int64)
     virtual = plan.virtual_stages
     finish = pipeline_finish_s(schedule, virtual, counts, times.forward_s, times.backward_s, times.exposed_hop_s)
-    ideal = times.ideal_s.reshape(virtual, plan.stages, -1).sum(axis=0)
-    before = np.cumsum(times.ideal_s[: plan.stages], axis=0) - times.ideal_s[: plan.stages]
-    lower = (ideal * micro_batches + (before if virtual == 1 else 0.0)).max(axis=0)
+    chunk, case = times.chunk, times.chunk_case
+    ideal = chunk.ideal_s.reshape(virtual, plan.stages, -1).sum(axis=0)
+    before = np.cumsum(ideal, axis=0) - ideal if virtual == 1 else ideal * 0.0
+    lower = (ideal[:, case] * micro_batches + before[:, case]).max(axis=0)
     rounds = micro_batches + plan.stages - 1
-    slowest = times.serial_forward_s.max(axis=0) + times.serial_backward_s.max(axis=0)
+    slowest = (chunk.serial_forward_s.max(axis=0) + chunk.serial_backward_s.max(axis=0))[case]
+    if times.has_zero_passes:
+        slowest = slowest + (times.zero_exposed_s + times.zero_hidden_s).max(axis=0)
     hop = 2.0 * times.hop_s * (plan.stages > 1)
     return finish, lower, rounds * virtual * (slowest + hop)
 
@@ -282,58 +317,93 @@ class _StepEnd:
 
 
 def _step_end(
-    system: System, times: StageTimes, finish: FloatArray, costs: StateCosts, pass_case: IntArray
+    system: System,
+    times: StageTimes,
+    finish: FloatArray,
+    costs: StateCosts,
+    state_case: IntArray,
+    pass_case: IntArray,
 ) -> _StepEnd:
-    """Gradient reduction, update and gather after each stage's last backward; the last stage to finish ends the step.
+    """Gradient reduction, update and gather after each stage's last backward; the last stage ends the step.
 
-    The reduction hides only under the last micro-batch's backward, the gather of updated parameters under the next
-    step's first forward.
+    The reduction hides only under the last micro-batch's backward, the gather of updated parameters under the first
+    forward of the next step.
     """
     n_rows = len(pass_case)
     if system.scenario.workload.kind != "training":
         stage = finish.argmax(axis=0)[pass_case]
         none = np.zeros(n_rows)
         return _StepEnd(finish.max(axis=0)[pass_case], stage, none, none, none, 0.0)
-    eta = system.stack.overlap.data_parallel
-    stages = len(finish)
+    eta, stages = system.stack.overlap.data_parallel, len(finish)
     backward = times.backward_s.reshape(-1, stages, times.backward_s.shape[1]).sum(axis=0)
     forward = times.forward_s.reshape(-1, stages, times.forward_s.shape[1]).sum(axis=0)
-    hidden = np.minimum(costs.reduction_s * eta, backward[:, pass_case])
-    hidden = hidden + np.minimum(costs.update_gather_s * eta, forward[:, pass_case])
-    exposed = costs.reduction_s + costs.update_gather_s - hidden
-    end = finish[:, pass_case] + exposed + costs.optimizer_s
+    hidden = np.minimum((costs.reduction_s * eta)[:, state_case], backward[:, pass_case])
+    if costs.update_gather_s.any():
+        hidden += np.minimum((costs.update_gather_s * eta)[:, state_case], forward[:, pass_case])
+    after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s)[:, state_case]
+    end = finish[:, pass_case]
+    end += after
+    end -= hidden
     stage = end.argmax(axis=0)
-    pick = (stage, np.arange(n_rows))
-    return _StepEnd(end[pick], stage, exposed[pick], hidden[pick], costs.optimizer_s[pick], 1.0)
+    pick, of_stage = (stage, np.arange(n_rows)), (stage, state_case)
+    hidden_s, optimizer_s = hidden[pick], costs.optimizer_s[of_stage]
+    return _StepEnd(end[pick], stage, after[pick] - optimizer_s - hidden_s, hidden_s, optimizer_s, 1.0)
+
+
+@dataclass(frozen=True)
+class MemoryBalance:
+    """Bytes at the fullest stage of each row: the peak, that stage, and the cases behind the categories."""
+
+    peak: FloatArray
+    stage: IntArray
+    states: StateBytes
+    state_case: IntArray
+    work: WorkingBytes
+    work_case: IntArray
+    fixed: float
+    fragmentation_fraction: float
+
+    def parts(self, row: int) -> dict[str, float]:
+        """Bytes by category for one row."""
+        stage = int(self.stage[row])
+        of_state, of_work = (stage, int(self.state_case[row])), (stage, int(self.work_case[row]))
+        parts = {
+            "weights": float(self.states.weights[of_state]),
+            "gradients": float(self.states.gradients[of_state]),
+            "optimizer": float(self.states.optimizer[of_state]),
+            "activations": float(self.work.activations[of_work]),
+            "buffers": float(self.work.buffers[of_work]),
+        }
+        return {**parts, "other": self.fixed + sum(parts.values()) * self.fragmentation_fraction}
 
 
 def _memory(
-    system: System, sequence: LayerSequence, plan: StagePlan, parameters: StageParameters, columns: Columns
-) -> tuple[dict[str, FloatArray], FloatArray, IntArray]:
-    """Bytes by category at the fullest stage, the peak and that stage, arrays (n_rows,)."""
+    system: System,
+    sequence: LayerSequence,
+    plan: StagePlan,
+    parameters: StageParameters,
+    columns: Columns,
+    states: Distinct,
+) -> MemoryBalance:
+    """Bytes of every row's fullest stage."""
     scenario, memory = system.scenario, system.stack.memory
-    state_cases = columns.distinct(state_cost_columns(scenario))
-    state_context = LoweringContext(scenario, system.stack, columns.take(state_cases.rows))
-    states = state_bytes(state_context, parameters)
+    held = state_bytes(LoweringContext(scenario, system.stack, columns.take(states.rows)), parameters)
     work_cases = columns.distinct(memory_columns(scenario))
     work_context = LoweringContext(scenario, system.stack, columns.take(work_cases.rows))
     work = working_bytes(work_context, sequence, plan, parameters, system.load_factor)
-    state_total = states.weights + states.gradients + states.optimizer
-    work_total = work.activations + work.buffers
-    total = state_total[:, state_cases.inverse] + work_total[:, work_cases.inverse]
-    stage = total.argmax(axis=0)
-    pick_state, pick_work = (stage, state_cases.inverse), (stage, work_cases.inverse)
-    parts = {
-        "weights": states.weights[pick_state],
-        "gradients": states.gradients[pick_state],
-        "optimizer": states.optimizer[pick_state],
-        "activations": work.activations[pick_work],
-        "buffers": work.buffers[pick_work],
-    }
-    tensors = total[stage, np.arange(len(stage))]
+    total = (held.weights + held.gradients + held.optimizer)[:, states.inverse]
+    total += (work.activations + work.buffers)[:, work_cases.inverse]
     fixed = memory.context.value + memory.communication_buffers.value
-    parts["other"] = fixed + tensors * memory.fragmentation_fraction
-    return parts, tensors + parts["other"], stage
+    return MemoryBalance(
+        peak=fixed + total.max(axis=0) * (1.0 + memory.fragmentation_fraction),
+        stage=total.argmax(axis=0),
+        states=held,
+        state_case=states.inverse,
+        work=work,
+        work_case=work_cases.inverse,
+        fixed=fixed,
+        fragmentation_fraction=memory.fragmentation_fraction,
+    )
 
 
 def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[str, dict[str, float]]:
@@ -358,12 +428,11 @@ def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[st
                     totals[key] = totals.get(key, 0.0) + micro_batches * count * seconds
     chunks = slice(stage, None, plan.stages)
     times = evaluation.times
-    exposed["host"] = micro_batches * float(times.host_s[chunks, pass_case].sum())
-    zero = micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
-    exposed["data_parallel"] = float(evaluation.data_parallel_exposed_s[row]) + zero
-    hidden["data_parallel"] = float(evaluation.data_parallel_hidden_s[row]) + micro_batches * float(
-        times.zero_hidden_s[chunks, pass_case].sum()
-    )
+    exposed["host"] = micro_batches * float(times.chunk.host_s[chunks, times.chunk_case[pass_case]].sum())
+    zero_exposed = micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
+    zero_hidden = micro_batches * float(times.zero_hidden_s[chunks, pass_case].sum())
+    exposed["data_parallel"] = float(evaluation.data_parallel_exposed_s[row]) + zero_exposed
+    hidden["data_parallel"] = float(evaluation.data_parallel_hidden_s[row]) + zero_hidden
     exposed["optimizer"] = float(evaluation.optimizer_s[row])
     waiting = max(float(evaluation.step_time_s[row]) - sum(exposed.values()), 0.0)
     trips = 2.0 * (plan.stages * plan.virtual_stages - 1)

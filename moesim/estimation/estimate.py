@@ -133,7 +133,7 @@ def _interval(system: System, exposed_s: dict[str, float], step_time_s: float, l
 def _parameters(system: System, evaluation: PlanEvaluation) -> Parameters:
     counts = count_parameters(system.scenario.model)
     stored = PRECISION_BYTES[system.scenario.precision.parameters]
-    per_device = round(float(evaluation.memory["weights"][0]) / stored)
+    per_device = round(float(evaluation.memory.parts(0)["weights"]) / stored)
     return Parameters(counts.total, counts.active, counts.expert, per_device, counts.mtp)
 
 
@@ -147,10 +147,15 @@ def _pipeline_answer(evaluation: PlanEvaluation, bubble_s: float, columns: Colum
 
 def _memory_answer(system: System, evaluation: PlanEvaluation) -> MemoryAnswer:
     """Whole bytes, so that the categories sum to the peak exactly."""
-    parts = {name: round(float(evaluation.memory[name][0])) for name in CATEGORIES}
+    exact = evaluation.memory.parts(0)
+    parts = {name: round(exact[name]) for name in CATEGORIES}
     peak, capacity = sum(parts.values()), int(system.device.usable_memory.value)
     return MemoryAnswer(
-        **parts, peak=peak, capacity=capacity, deficit=max(peak - capacity, 0), peak_stage=int(evaluation.peak_stage[0])
+        **parts,
+        peak=peak,
+        capacity=capacity,
+        deficit=max(peak - capacity, 0),
+        peak_stage=int(evaluation.memory.stage[0]),
     )
 
 

@@ -91,7 +91,7 @@ def _step_terms(loaded: LoadedScenario, evaluation: PlanEvaluation) -> Iterator[
     times, stages = evaluation.times, evaluation.plan.stages
     micro_batches = float(loaded.columns["num_micro_batches"][0])
     per_stage = (times.forward_s + times.backward_s)[:, case].reshape(-1, stages).sum(axis=0)
-    finish = float(evaluation.finish_s[stage, 0])
+    finish = float(evaluation.finish_s[stage, case])
     rest = finish - micro_batches * float(per_stage[stage])
     schedule = loaded.scenario.parallelism.pipeline.schedule
     yield ExplainedTerm(
@@ -117,13 +117,14 @@ def _step_terms(loaded: LoadedScenario, evaluation: PlanEvaluation) -> Iterator[
     yield ExplainedTerm(
         "optimizer", "update", "step", 1.0, update, "t0 + bytes of states / (bandwidth fraction)", f"{update:.12g}"
     )
-    parts = " + ".join(f"{float(values[0]):.0f}" for values in evaluation.memory.values())
+    memory = evaluation.memory.parts(0)
+    parts = " + ".join(f"{value:.0f}" for value in memory.values())
     yield ExplainedTerm(
         "memory",
-        f"bytes of stage {int(evaluation.peak_stage[0])}",
+        f"bytes of stage {int(evaluation.memory.stage[0])}",
         "step",
         0.0,
         0.0,
-        " + ".join(evaluation.memory),
-        f"{parts} = {float(evaluation.memory_peak[0]):.0f} bytes",
+        " + ".join(memory),
+        f"{parts} = {float(evaluation.memory.peak[0]):.0f} bytes",
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from moesim.structure.legality import first_broken_rule, legality_rules, resolve
 
 VERDICTS: tuple[str, ...] = ("ok", "illegal", "does_not_fit")
 OK, ILLEGAL, DOES_NOT_FIT = range(3)
-ROWS_PER_CHUNK = 50_000
+ROWS_PER_CHUNK = 65_536
 MEASURES: tuple[str, ...] = (
     "step_time_s",
     "lower_s",
@@ -169,24 +169,44 @@ def estimate_chunks(
 ) -> Iterator[EstimateTable]:
     """Estimate a space chunk by chunk, in order, from ``first_row`` on; raises as ``estimate_many``."""
     check_space(space, profiles)
-    starts = range(first_row, len(space), ROWS_PER_CHUNK)
-    bounds = [(start, min(start + ROWS_PER_CHUNK, len(space))) for start in starts]
+    bounds = _chunk_bounds(first_row, len(space))
     if workers is None:
         workers = min(len(bounds), os.cpu_count() or 1)
     if workers <= 1 or len(bounds) <= 1:
         estimator = SpaceEstimator(space, profiles)
         yield from (estimator.estimate_rows(start, stop) for start, stop in bounds)
         return
+    estimator = SpaceEstimator(portable_space(space), profiles)
+    estimator.estimate_rows(first_row, first_row + 1)  # reads the first profiles once, before the fork
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    portable = Space(Document(space.base.file, space.base.data, {}), space.axes)
-    task = partial(_estimate_in_worker, portable, tuple(profiles))
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for verdict, codes, reasons, measures, start in pool.map(task, bounds):
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_adopt, initargs=(estimator,)) as pool:
+        for verdict, codes, reasons, measures, start in pool.map(_estimate_in_worker, bounds):
             yield EstimateTable(space, start, verdict, codes, reasons, measures)
 
 
-def _estimate_in_worker(space: Space, profiles: tuple[Path, ...], bounds: tuple[int, int]) -> tuple[Any, ...]:
-    table = SpaceEstimator(space, profiles).estimate_rows(*bounds)
+def _chunk_bounds(first_row: int, end: int) -> list[tuple[int, int]]:
+    """Bounds of chunks of nearly equal size, at most ``ROWS_PER_CHUNK`` rows each."""
+    rows = end - first_row
+    chunks = -(-rows // ROWS_PER_CHUNK)
+    edges = [first_row + rows * index // chunks for index in range(chunks)] + [end] if chunks else []
+    return list(itertools.pairwise(edges))
+
+
+def portable_space(space: Space) -> Space:
+    """A space that can be sent to another process: its base without lines."""
+    return Space(Document(space.base.file, space.base.data, {}), space.axes)
+
+
+_ADOPTED: list[SpaceEstimator] = []
+"""The estimator of a worker process, set once when it starts: a forked worker inherits it instead of unpickling it."""
+
+
+def _adopt(estimator: SpaceEstimator) -> None:
+    _ADOPTED[:] = [estimator]
+
+
+def _estimate_in_worker(bounds: tuple[int, int]) -> tuple[Any, ...]:
+    table = _ADOPTED[0].estimate_rows(*bounds)
     return table.verdict, table.reason_code, table.reasons, table.measures, table.first_row
 
 
@@ -327,7 +347,7 @@ def _measures(system: System, columns: Columns) -> dict[str, FloatArray]:
         values["step_time_s"][part.rows] = part.step_time_s
         values["lower_s"][part.rows] = part.lower_s
         values["upper_s"][part.rows] = part.upper_s
-        values["memory_peak_bytes"][part.rows] = np.rint(part.memory_peak)
+        values["memory_peak_bytes"][part.rows] = np.rint(part.memory.peak)
     step_time_s = values["step_time_s"]
     peak = system.device.peak_flop_rate[system.scenario.precision.compute].value
     values["tokens_per_s"] = tokens_per_row(system.scenario, columns) / step_time_s

@@ -90,7 +90,9 @@ def breakdown_figure(estimate: StepEstimate) -> go.Figure:
     )
     layout = base_layout(inner + 100 + 60, right_margin=270, top_margin=100)
     figure.update_layout(layout, barmode="stack", bargap=0.28)
-    figure.update_layout(legend={"x": 0, "xanchor": "left", "y": 1 + 40 / inner, "yanchor": "bottom", "traceorder": "normal"})
+    figure.update_layout(
+        legend={"x": 0, "xanchor": "left", "y": 1 + 40 / inner, "yanchor": "bottom", "traceorder": "normal"}
+    )
     _draw_step(figure, estimate, rows, scale)
     _draw_categories(figure, estimate, rows, scale)
     if has_stages:
@@ -103,7 +105,9 @@ def _draw_step(figure: go.Figure, estimate: StepEstimate, rows: list[BreakdownRo
     for family in FAMILIES:
         total_s = sum(row.exposed_s for row in rows if row.family == family)
         if total_s > 0:
-            hover = f"<b>{family.name}</b><br>{scale.text(total_s)}, {percent(total_s / estimate.step_time_s)} of the step"
+            hover = (
+                f"<b>{family.name}</b><br>{scale.text(total_s)}, {percent(total_s / estimate.step_time_s)} of the step"
+            )
             figure.add_bar(
                 x=[total_s / scale.size],
                 y=[STEP_ROWS[0]],
@@ -117,7 +121,11 @@ def _draw_step(figure: go.Figure, estimate: StepEstimate, rows: list[BreakdownRo
             )
     interval = estimate.interval_s
     ranges = {
-        STEP_ROWS[1]: (estimate.lower_s, estimate.upper_s, "lower: peak rates and perfect overlap<br>upper: no overlap"),
+        STEP_ROWS[1]: (
+            estimate.lower_s,
+            estimate.upper_s,
+            "lower: peak rates and perfect overlap<br>upper: no overlap",
+        ),
         STEP_ROWS[2]: (interval.low, interval.high, f"{interval.level:.0%} of the errors of the calibrated figures"),
     }
     for name, (low_s, high_s, meaning) in ranges.items():
@@ -137,7 +145,10 @@ def _draw_step(figure: go.Figure, estimate: StepEstimate, rows: list[BreakdownRo
     add_panel_title(figure, "Whole step", axis="")
     figure.update_yaxes(row_axis(list(STEP_ROWS)), row=1, col=1)
     figure.update_yaxes(
-        tickvals=list(STEP_ROWS), ticktext=["Step", "Bounds", f"{interval.level:.0%}".replace("%", " %") + " interval"], row=1, col=1
+        tickvals=list(STEP_ROWS),
+        ticktext=["Step", "Bounds", f"{interval.level:.0%}".replace("%", " %") + " interval"],
+        row=1,
+        col=1,
     )
     figure.update_xaxes(value_axis(""), ticksuffix=f" {scale.symbol}", row=1, col=1)
 

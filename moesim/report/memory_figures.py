@@ -88,7 +88,9 @@ def _title(estimate: StepEstimate, scale: Scale) -> dict[str, object]:
     where = f", on stage {memory.peak_stage} of {stages}" if stages > 1 else ""
     text = f"Peak {scale.text(memory.peak)} of {scale.text(memory.capacity)} usable{where}"
     if not estimate.fits:
-        text += f": <span style='color:{VERMILION}'><b>does not fit, {scale.text(memory.deficit)} are missing</b></span>"
+        text += (
+            f": <span style='color:{VERMILION}'><b>does not fit, {scale.text(memory.deficit)} are missing</b></span>"
+        )
     return {"text": text, "x": 0.01, "xanchor": "left", "y": 0.97, "yanchor": "top", "font": {"size": FONT_SIZE + 3}}
 
 
@@ -119,7 +121,11 @@ def _add_difference(figure: go.Figure, memory: MemoryAnswer, name: str, scale: S
         y=[name],
         orientation="h",
         meta="difference",
-        marker={"color": colour if memory.deficit else "white", "pattern": pattern, "line": {"color": colour, "width": 1}},
+        marker={
+            "color": colour if memory.deficit else "white",
+            "pattern": pattern,
+            "line": {"color": colour, "width": 1},
+        },
         hovertemplate=f"<b>{name}</b><br>{size / scale.size:,.4f} GiB ({size:,} bytes)<extra></extra>",
     )
 

@@ -78,10 +78,11 @@ class LoweringContext:
         return max(self.dispatch_bytes, 2.0)
 
     def tokens(self, side: str) -> FloatArray:
-        """Tokens of one micro-batch on one device, before tensor sharding; a decode step has one per sequence."""
+        """Tokens of one micro-batch on one device, before tensor sharding; decoding, one per sequence, no source."""
         columns = self.columns
         if self.scenario.workload.kind == "decode":
-            return columns["micro_batch"] / columns["context"]
+            runs = 0.0 if side == "encoder" else 1.0
+            return columns["micro_batch"] * runs / columns["context"]
         length = columns["source_length"] if side == "encoder" else columns["target_length"]
         return columns["micro_batch"] * length / columns["context"]
 

@@ -27,6 +27,8 @@ from moesim.structure.step_graph import Operation, OperationTable, RoutedCopies
 
 LoadFactor = Callable[[FloatArray], FloatArray]
 CEILING_SLACK = 1e-9
+SMALLEST_GROUP = 1e-9
+"""Keeps an encoder that does not run (decoding) from dividing 0 by 0."""
 
 
 def moe_columns(scenario: Scenario) -> tuple[str, ...]:
@@ -91,6 +93,7 @@ def routed_tokens(context: LoweringContext, side: str) -> RoutedTokens:
     tokens = context.tokens(side) / columns["tensor"]
     asked = columns["group_tokens"]
     group_tokens = np.where(asked == WHOLE_RANK_GROUP, tokens, np.minimum(asked, tokens))
+    group_tokens = np.maximum(group_tokens, SMALLEST_GROUP)
     groups = tokens / group_tokens
     slots = slots_per_expert(moe, columns["capacity_factor"], group_tokens)
     return RoutedTokens(

@@ -38,20 +38,21 @@ def sequence_forward_flops(scenario: Scenario, columns: Columns) -> FloatArray:
     queries["decoder"] = columns["target_length"] * 0 + 1.0 if is_decode else columns["target_length"]
     total = columns["target_length"] * 0.0
     for kind, count in zip(sequence.kinds, sequence.counts, strict=True):
-        total = total + count * _layer_flops(model, kind, queries[kind.side], columns, is_decode=is_decode)
+        total = total + count * _layer_flops(scenario, kind, queries[kind.side], columns)
     head_tokens = queries["decoder"] if scenario.workload.kind == "training" else queries["decoder"] * 0 + 1.0
     head = 2.0 * model.hidden_size * model.vocab_size * head_tokens
     mtp_kind = mtp_layer_kind(sequence)
-    module = _layer_flops(model, mtp_kind, queries["decoder"], columns, is_decode=is_decode)
+    module = _layer_flops(scenario, mtp_kind, queries["decoder"], columns)
     module = module + 4.0 * model.hidden_size**2 * queries["decoder"] + head
     mtp_layers = model.mtp_layers if scenario.workload.kind == "training" else 0
     return total + head + mtp_layers * module
 
 
-def _layer_flops(model: Model, kind: LayerKind, tokens: FloatArray, columns: Columns, *, is_decode: bool) -> FloatArray:
+def _layer_flops(scenario: Scenario, kind: LayerKind, tokens: FloatArray, columns: Columns) -> FloatArray:
     """Forward FLOPs of one layer over the queries of one sequence."""
+    model, is_decode = scenario.model, scenario.workload.kind == "decode"
     keys = columns["source_length"] if kind.side == "encoder" else columns["target_length"]
-    is_causal = kind.side == "decoder" and not is_decode
+    is_causal = kind.side == "decoder" and not is_decode and scenario.flop_convention == "causal"
     flops = _attention_flops(model, tokens, tokens, keys, CAUSAL_FRACTION if is_causal else 1.0)
     if kind.has_cross_attention:
         source = columns["source_length"]

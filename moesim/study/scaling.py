@@ -6,18 +6,18 @@ follows. Weak scaling keeps the sequences per device, strong scaling the sequenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from moesim.engine.analytical import System, evaluate
-from moesim.estimation.estimate import estimate_loaded, tokens_per_row
+from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario
 from moesim.estimation.step_estimate import StepEstimate
-from moesim.structure.columns import AUTO_DEGREE, Columns, FloatArray, IntArray
+from moesim.structure.columns import FloatArray, IntArray
 from moesim.structure.group_tables import group_columns_table
-from moesim.structure.legality import first_broken_rule, legality_rules, resolve_columns
+from moesim.structure.legality import legality_rules, resolve_columns
 from moesim.units import format_quantity
 
 Mode = Literal["weak", "strong"]
@@ -107,7 +107,7 @@ def scaling_from(loaded: LoadedScenario) -> Scaling:
     """
     base = estimate_loaded(loaded)
     counts = device_counts(base.num_devices, loaded.system.cluster.device_count)
-    return Scaling(base, _curve(loaded.system, base, "weak", counts), _curve(loaded.system, base, "strong", counts))
+    return Scaling(base, _curve(loaded, base, "weak", counts), _curve(loaded, base, "strong", counts))
 
 
 def device_counts(base_devices: int, cluster_devices: int) -> IntArray:
@@ -126,71 +126,58 @@ def device_counts(base_devices: int, cluster_devices: int) -> IntArray:
     return np.array(counts, dtype=np.int64)
 
 
-def _curve(system: System, base: StepEstimate, mode: Mode, counts: IntArray) -> ScalingCurve:
-    factor = counts / base.num_devices  # by powers of two: exact
-    sequences = system.scenario.workload.sequences_per_step * (factor if mode == "weak" else np.ones(len(counts)))
-    columns = _columns(system, counts, sequences)
-    broken = _broken_rules(system, columns)
-    legal = np.flatnonzero([point is None for point in broken])
-    measures = _measures(system, columns, legal)
-    peak = measures["memory_peak_bytes"]
-    usd_per_hour = np.nan if base.cost.usd_per_hour is None else base.cost.usd_per_hour
+def _curve(loaded: LoadedScenario, base: StepEstimate, mode: Mode, counts: IntArray) -> ScalingCurve:
+    factor = counts / base.num_devices  # a power of two: exact
+    found = [_point(loaded, mode, int(count), base.num_devices) for count in counts]
+    estimates = [estimate for _, estimate in found]
+    usd = base.cost.usd_per_billion_tokens
     return ScalingCurve(
         mode=mode,
         devices=counts,
-        points=tuple(rule or _fit(system, float(peak[row])) for row, rule in enumerate(broken)),
-        **measures,
-        usd_per_billion_tokens=usd_per_hour * factor / 3600.0 / measures["tokens_per_s"] * 1e9,
+        points=tuple(point for point, _ in found),
+        step_time_s=_measures(estimates, lambda answer: answer.step_time_s),
+        lower_s=_measures(estimates, lambda answer: answer.lower_s),
+        upper_s=_measures(estimates, lambda answer: answer.upper_s),
+        tokens_per_s=_measures(estimates, lambda answer: answer.tokens_per_s),
+        usd_per_billion_tokens=_measures(estimates, lambda answer: answer.cost.usd_per_billion_tokens),
+        memory_peak_bytes=_measures(estimates, lambda answer: answer.memory.peak),
         ideal_step_time_s=base.step_time_s / (factor if mode == "strong" else np.ones(len(counts))),
         ideal_tokens_per_s=base.tokens_per_s * factor,
-        ideal_usd_per_billion_tokens=np.full(len(counts), usd_per_hour / 3600.0 / base.tokens_per_s * 1e9),
+        ideal_usd_per_billion_tokens=np.full(len(counts), np.nan if usd is None else usd),
     )
 
 
-def _columns(system: System, counts: IntArray, sequences: FloatArray) -> Columns:
-    """Resolved columns of the points: devices, data degree and sequences vary together."""
-    rows = np.arange(len(counts))
-    swept = {
-        "devices": ([float(count) for count in counts], rows),
-        "data": ([float(AUTO_DEGREE)], np.zeros_like(rows)),
-        "step_sequences": ([float(number) for number in sequences], rows),
-    }
-    return resolve_columns(group_columns_table(system.scenario, swept, len(counts)))
+def _measures(estimates: Sequence[StepEstimate | None], measure: Callable[[StepEstimate], float | None]) -> FloatArray:
+    """One measure of every point, NaN where there is no estimate or the estimate has none."""
+    values = [None if estimate is None else measure(estimate) for estimate in estimates]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _broken_rules(system: System, columns: Columns) -> list[PointVerdict | None]:
-    """First broken rule of each point, None where it is legal."""
-    rules = list(legality_rules(system.scenario, system.cluster, columns))
-    found: list[PointVerdict | None] = []
-    for row, index in enumerate(first_broken_rule(rules, len(columns))):
-        sequences = float(columns["step_sequences"][row])
-        if index >= 0:
-            rule = rules[int(index)]
-            found.append(PointVerdict("illegal", rule.name, rule.text(rule.message, columns, row)))
-        elif not sequences.is_integer():
-            found.append(PointVerdict("illegal", SEQUENCES_ARE_NOT_WHOLE, f"{sequences} sequences_per_step"))
-        else:
-            found.append(None)
-    return found
-
-
-def _measures(system: System, columns: Columns, legal: IntArray) -> dict[str, FloatArray]:
-    """Measures of the legal rows, NaN in the others."""
-    names = ("step_time_s", "lower_s", "upper_s", "memory_peak_bytes")
-    values = {name: np.full(len(columns), np.nan) for name in names}
-    for part in evaluate(system, columns.take(legal)):
-        rows = legal[part.rows]
-        values["step_time_s"][rows] = part.step_time_s
-        values["lower_s"][rows] = part.lower_s
-        values["upper_s"][rows] = part.upper_s
-        values["memory_peak_bytes"][rows] = np.rint(part.memory_peak)
-    values["tokens_per_s"] = tokens_per_row(system.scenario, columns) / values["step_time_s"]
-    return values
-
-
-def _fit(system: System, peak_bytes: float) -> PointVerdict:
-    usable = system.device.usable_memory.value
-    if peak_bytes <= usable:
-        return PointVerdict("ok")
-    needed, there = (format_quantity(number, "bytes", digits=4) for number in (peak_bytes, usable))
-    return PointVerdict("does_not_fit", MEMORY, f"the fullest device needs {needed}, {there} are usable")
+def _point(
+    loaded: LoadedScenario, mode: Mode, devices: int, base_devices: int
+) -> tuple[PointVerdict, StepEstimate | None]:
+    """Verdict of one number of devices, and the estimate if it is legal."""
+    scenario = loaded.scenario
+    per_step: float = scenario.workload.sequences_per_step * (devices / base_devices if mode == "weak" else 1)
+    scaled = scenario.model_copy(
+        update={
+            "devices": devices,
+            "workload": scenario.workload.model_copy(update={"sequences_per_step": per_step}),
+            "parallelism": scenario.parallelism.model_copy(update={"data": "auto"}),
+        }
+    )
+    system = replace(loaded.system, scenario=scaled)
+    columns = resolve_columns(group_columns_table(scaled, {}, 1))
+    for rule in legality_rules(scaled, system.cluster, columns):
+        if rule.breaks[0]:
+            return PointVerdict("illegal", rule.name, rule.text(rule.message, columns, 0)), None
+    if per_step != int(per_step):
+        return PointVerdict("illegal", SEQUENCES_ARE_NOT_WHOLE, f"{per_step:g} sequences_per_step are not whole"), None
+    estimate = estimate_loaded(replace(loaded, scenario=scaled, system=system, columns=columns))
+    if estimate.fits:
+        return PointVerdict("ok"), estimate
+    needed, usable = (
+        format_quantity(number, "bytes", digits=4) for number in (estimate.memory.peak, estimate.memory.capacity)
+    )
+    reason = f"the fullest device needs {needed}, {usable} are usable"
+    return PointVerdict("does_not_fit", MEMORY, reason), estimate

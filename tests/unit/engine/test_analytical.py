@@ -4,9 +4,8 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pytest
-from random_scenarios import loaded, random_document, with_fields
+from random_scenarios import loaded, random_document, shipped_library, with_fields
 
 from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.quantities import (
@@ -92,15 +91,13 @@ class TestThousandRandomLegalScenarios:
     def test_pipeline_ends_within_as_many_rounds_of_the_slowest_chunk_as_there_are_micro_batches_and_stages(self):
         """The bound that ``upper_s`` is built on, before it is raised to the step time."""
 
-        def law(scenario: LoadedScenario, _: StepEstimate) -> bool:
+        for scenario, _ in random_answers()[::4]:
             (part,) = evaluate(scenario.system, scenario.columns)
             times, plan = part.times, part.plan
             slowest = times.serial_forward_s.max() + times.serial_backward_s.max()
             hop = 2 * float(times.hop_s[0]) * (plan.stages > 1)
             rounds = (float(scenario.columns["num_micro_batches"][0]) + plan.stages - 1) * plan.virtual_stages
-            return bool(part.finish_s.max() <= rounds * (slowest + hop) * (1 + ROUNDING))
-
-        assert not broken_by(law)
+            assert part.finish_s.max() <= rounds * (slowest + hop) * (1 + ROUNDING), scenario.scenario.name
 
     def test_no_part_is_negative_and_all_numbers_are_finite(self):
         def law(_: LoadedScenario, answer: StepEstimate) -> bool:
@@ -124,9 +121,10 @@ class TestThousandRandomLegalScenarios:
 
         assert not broken_by(law)
 
-    def test_statistical_interval_contains_the_step_time(self):
-        assert not broken_by(lambda _, a: a.interval_s.low <= a.step_time_s * (1 + ROUNDING) <= a.interval_s.high * 2)
-        assert not broken_by(lambda _, a: a.step_time_s <= a.interval_s.high)
+    @pytest.mark.parametrize("kind", ["training", "prefill", "decode"])
+    def test_statistical_interval_contains_the_step_time(self, kind):
+        assert not broken_by(lambda _, a: a.interval_s.low <= a.step_time_s * (1 + ROUNDING), kinds=(kind,))
+        assert not broken_by(lambda _, a: a.step_time_s <= a.interval_s.high, kinds=(kind,))
 
     def test_no_device_is_used_beyond_its_peak(self):
         assert not broken_by(lambda _, answer: answer.mfu_fraction <= 1 and answer.hfu_fraction <= 1)
@@ -177,8 +175,6 @@ def with_unit(figure: Figure, data: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def rescaled_profiles(cluster: str, stack: str, speed: float) -> tuple[Device, Cluster, Stack]:
-    from random_scenarios import shipped_library
-
     library = shipped_library()
     profile = library.cluster(cluster)
     parts = library.device(profile.device), profile, library.stack(stack)
@@ -316,8 +312,7 @@ def test_host_waits_for_the_counts_of_token_prediction_experts_too():
     assert waiting_s > 0
     large = {"workload.sequences_per_micro_batch": 8, **synchronising}  # kernels long enough to hide their launches
     plain, with_module = answer_to(SMALL_MOE, large), answer_to(SMALL_MOE, large | {"model.mtp_layers": 1})
-    micro_batches = 1.0
-    assert with_module.exposed_s["host"] - plain.exposed_s["host"] == pytest.approx(micro_batches * waiting_s)
+    assert with_module.exposed_s["host"] - plain.exposed_s["host"] == pytest.approx(waiting_s)
 
 
 def changed_system(scenario: LoadedScenario, *, stack: dict[str, Any]) -> System:
@@ -356,7 +351,7 @@ def test_full_overlap_of_a_stream_is_never_slower_than_none(stream):
             )
             for share in (1.0, 0.0)
         )
-        assert hidden <= exposed * (1 + ROUNDING), seed
+        assert hidden <= exposed * (1 + ROUNDING), f"seed {seed}"
         faster += hidden < exposed * 0.999
     assert faster > 0
 
@@ -372,14 +367,14 @@ def test_a_slower_library_is_never_faster(field):
         }
         before = step_time(scenario.system, scenario)
         after = step_time(changed_system(scenario, stack={"collectives": tiers}), scenario)
-        assert after >= before * (1 - ROUNDING), seed
+        assert after >= before * (1 - ROUNDING), f"seed {seed}"
         slower += after > before * 1.001
     assert slower > 0
 
 
 @pytest.mark.parametrize("seed", TRAINING_SEEDS[:30])
 def test_recompute_never_saves_time_and_never_takes_memory(seed):
-    """Full recompute rebuilds one layer at a time, so with a single layer kept it may hold its input besides."""
+    """Memory: selective only, since full recompute of a lone layer rebuilds all of it and holds its input besides."""
     fields = random_document(seed)
     none, selective, full = (
         answer_to(fields, {"parallelism.recompute": policy}) for policy in ("none", "selective", "full")
@@ -392,11 +387,16 @@ def test_recompute_never_saves_time_and_never_takes_memory(seed):
 
 
 @pytest.mark.parametrize("seed", TRAINING_SEEDS[:30])
-def test_each_zero_stage_holds_no_more_state_than_the_one_before(seed):
+def test_sharding_optimizer_and_gradients_never_takes_memory(seed):
+    """ZeRO-3 holds gathered layers besides, which can cost more than it saves."""
     fields = random_document(seed)
-    totals = []
-    for stage in range(4):
-        scenario = loaded(with_fields(fields, {"parallelism.zero_stage": stage}))
-        (part,) = evaluate(scenario.system, scenario.columns)
-        totals.append(sum(float(part.memory[name][0]) for name in ("weights", "gradients", "optimizer")))
-    assert totals == sorted(totals, reverse=True) or np.allclose(totals, sorted(totals, reverse=True), rtol=0.3)
+    peaks = [answer_to(fields, {"parallelism.zero_stage": stage}).memory.peak for stage in range(3)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_optimizer_states_on_eight_ranks_fall_to_an_eighth_with_zero_1():
+    """Experts on one rank each are not replicated: only the dense part of the state is cut."""
+    dense = {"model.layers": [{"count": 8, "ffn": "dense"}], "parallelism": {"pipeline": {"stages": 1}}}
+    whole, cut = (answer_to(SMALL_MOE, dense | {"parallelism.zero_stage": stage}).memory for stage in (0, 1))
+    assert cut.optimizer == pytest.approx(whole.optimizer / 8, rel=1e-9)
+    assert (cut.weights, cut.gradients) == (whole.weights, whole.gradients)
