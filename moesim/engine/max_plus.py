@@ -25,6 +25,7 @@ def program_finish_s(program: Program, forward_s: FloatArray, backward_s: FloatA
     Parameters
     ----------
     program : Program
+        Unrolled schedule.
     forward_s, backward_s : ndarray of shape (stages * virtual_stages, n_cases)
         Durations of each chunk, in model order.
     hop_s : ndarray of shape (n_cases,)
@@ -61,12 +62,16 @@ def pipeline_finish_s(
     virtual_stages : int
         Chunks per stage.
     micro_batches : ndarray of shape (n_cases,)
+        Micro-batches of each case.
     forward_s, backward_s : ndarray of shape (stages * virtual_stages, n_cases)
+        Durations of each chunk, in model order.
     hop_s : ndarray of shape (n_cases,)
+        Transfer between neighbouring stages, occupying neither.
 
     Returns
     -------
     ndarray of shape (stages, n_cases)
+        Finish times.
 
     Examples
     --------

@@ -30,7 +30,10 @@ from moesim.report.styles import (
 NEGLIGIBLE = 1e-9
 """Share of a step below which a category is rounding, not time."""
 STEP_ROWS = ("Step", "Bounds", "Interval")
-ROW_PIXELS, STAGE_PIXELS, GAP_PIXELS = 27, 130, 96
+ROW_PIXELS, STAGE_PIXELS, GAP_PIXELS = 27, 130, 78
+TOP_PIXELS = 104  # three rows of the legend, on a narrow window
+BOTTOM_PIXELS = {False: 34, True: 56}  # with a title of the last axis
+RIGHT_PIXELS = {False: 180, True: 270}
 MANY_STAGES = 16
 COLUMNS_PIXELS = {"exposed": 88, "share": 160, "hidden": 248}
 
@@ -88,11 +91,10 @@ def breakdown_figure(estimate: StepEstimate) -> go.Figure:
     figure = make_subplots(
         rows=len(heights), cols=1, row_heights=heights, vertical_spacing=GAP_PIXELS / inner if len(heights) > 1 else 0
     )
-    layout = base_layout(inner + 100 + 60, right_margin=270, top_margin=100)
-    figure.update_layout(layout, barmode="stack", bargap=0.28)
-    figure.update_layout(
-        legend={"x": 0, "xanchor": "left", "y": 1 + 40 / inner, "yanchor": "bottom", "traceorder": "normal"}
-    )
+    has_hidden = any(row.hidden_s > 0 for row in rows)
+    margins = {"top_margin": TOP_PIXELS, "bottom_margin": BOTTOM_PIXELS[has_stages]}
+    layout = base_layout(inner + sum(margins.values()), right_margin=RIGHT_PIXELS[has_hidden], **margins)
+    figure.update_layout(layout, barmode="stack", bargap=0.28, legend_traceorder="normal")
     _draw_step(figure, estimate, rows, scale)
     _draw_categories(figure, estimate, rows, scale)
     if has_stages:
@@ -194,12 +196,15 @@ def _draw_categories(figure: go.Figure, estimate: StepEstimate, rows: list[Break
             x=[None],
             y=[rows[0].name],
             orientation="h",
-            name="Hidden behind other work, not part of the step",
+            name="Hidden, not in the step",
             marker=_marker(GREY, is_hidden=True),
             row=2,
             col=1,
         )
-    add_panel_title(figure, "Parts of the step", axis="2")
+    title = "Parts of the step"
+    if len(estimate.pipeline.stage_times_s) > 1:
+        title += ", seen from the stage that ends it"
+    add_panel_title(figure, title, axis="2")
     figure.update_yaxes(row_axis([row.name for row in rows]), row=2, col=1)
     figure.update_xaxes(value_axis(""), ticksuffix=f" {scale.symbol}", row=2, col=1)
 

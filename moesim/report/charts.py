@@ -83,9 +83,8 @@ def header_facts(estimate: StepEstimate) -> list[Fact]:
         Fact("Cluster", estimate.cluster),
         Fact("Devices", f"{estimate.num_devices:,} × {estimate.device}"),
         Fact("Stack", estimate.stack),
-        Fact(f"Step time ({estimate.kind})", scale.text(estimate.step_time_s), f"{bounds}; {spread}"),
-        Fact("Throughput", f"{significant(estimate.tokens_per_s)} tokens/s"),
-        Fact("MFU", percent(estimate.mfu_fraction)),
+        Fact(f"Step time ({estimate.kind})", scale.text(estimate.step_time_s), f"{bounds}\n{spread}"),
+        Fact("Throughput", f"{significant(estimate.tokens_per_s)} tokens/s", f"MFU {percent(estimate.mfu_fraction)}"),
     ]
 
 

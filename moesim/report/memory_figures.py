@@ -67,7 +67,9 @@ def memory_figure(estimate: StepEstimate) -> go.Figure:
     last = FREE_ROW if estimate.fits else MISSING_ROW
     names = [*(row.name for row in rows), SUM_ROW, last]
     scale = memory_scale(memory.peak)
-    figure = go.Figure(layout=base_layout(ROW_PIXELS * len(names) + 170, right_margin=220, top_margin=110))
+    figure = go.Figure(
+        layout=base_layout(ROW_PIXELS * len(names) + 150, right_margin=220, top_margin=90, bottom_margin=60)
+    )
     figure.update_layout(
         barmode="overlay", bargap=0.3, showlegend=False, title=_title(estimate, scale), yaxis=row_axis(names)
     )
@@ -85,7 +87,7 @@ def memory_figure(estimate: StepEstimate) -> go.Figure:
 
 def _title(estimate: StepEstimate, scale: Scale) -> dict[str, object]:
     memory, stages = estimate.memory, len(estimate.pipeline.stage_times_s)
-    where = f", on stage {memory.peak_stage} of {stages}" if stages > 1 else ""
+    where = f", on pipeline stage {memory.peak_stage} of 0–{stages - 1}" if stages > 1 else ""
     text = f"Peak {scale.text(memory.peak)} of {scale.text(memory.capacity)} usable{where}"
     if not estimate.fits:
         text += (

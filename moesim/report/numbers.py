@@ -27,6 +27,8 @@ class Scale:
         >>> Scale("ms", 1e-3, 1).number(0.64743), Scale("ms", 1e-3, 1).number(1e-6)
         ('647.4', '< 0.1')
         """
+        if value == 0:
+            return "0"
         scaled = value / self.size
         smallest = 10.0**-self.decimals
         if 0 < scaled < smallest / 2:
@@ -66,9 +68,11 @@ def percent(fraction: float) -> str:
 
     Examples
     --------
-    >>> percent(0.4635), percent(1.2e-5)
-    ('46.4 %', '< 0.1 %')
+    >>> percent(0.4635), percent(1.2e-5), percent(0.0)
+    ('46.4 %', '< 0.1 %', '0 %')
     """
+    if fraction == 0:
+        return "0 %"
     return "< 0.1 %" if 0 < fraction < 0.0005 else f"{fraction:.1%}".replace("%", " %")
 
 

@@ -34,12 +34,12 @@ body {{
 h1 {{ font-size: 21px; line-height: 1.25; margin: 0; }}
 .subtitle {{ color: {MUTED}; margin: 2px 0 8px; }}
 dl {{
-  display: flex; flex-wrap: wrap; gap: 4px 32px; margin: 0; padding: 6px 0;
+  display: flex; flex-wrap: wrap; gap: 4px 30px; margin: 0; padding: 6px 0;
   border: solid {RULE}; border-width: 1px 0;
 }}
 dt {{ font-size: 13px; color: {MUTED}; }}
 dd {{ margin: 0; font-weight: 600; overflow-wrap: anywhere; }}
-dd small {{ font-size: 13px; font-weight: 400; }}
+dd small {{ display: block; font-size: 13px; font-weight: 400; line-height: 1.3; white-space: pre-line; }}
 .alarm {{ margin: 8px 0 0; padding: 5px 12px; border-left: 4px solid {VERMILION}; background: #FDF0E9; }}
 h2 {{ font-size: 16px; margin: 16px 0 4px; }}
 ul {{ margin: 0; padding-left: 20px; }}
@@ -51,7 +51,7 @@ footer {{ margin-top: 22px; font-size: 13px; color: {MUTED}; }}
 
 @dataclass(frozen=True)
 class Fact:
-    """A value of the header; ``detail`` is written smaller beside it."""
+    """A value of the header; ``detail`` is written smaller below it, line by line."""
 
     label: str
     value: str
@@ -138,7 +138,7 @@ def chart_page(
 
 
 def _fact_html(fact: Fact) -> str:
-    detail = f" <small>{escape(fact.detail)}</small>" if fact.detail else ""
+    detail = f"<small>{escape(fact.detail)}</small>" if fact.detail else ""
     return f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}{detail}</dd></div>"
 
 

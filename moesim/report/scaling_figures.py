@@ -45,20 +45,19 @@ class CurveStyle:
 
 
 STYLES = {
-    "weak": CurveStyle("Weak: sequences per device kept", BLUE, "circle", 13),
+    "weak": CurveStyle("Weak: sequences per device kept", BLUE, "circle", 12),
     "strong": CurveStyle("Strong: sequences per step kept", VERMILION, "square", 8),
 }
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity of the curves: its fields, and the unit of its axis."""
+    """One quantity of the curves: its fields, and what one of its axis is in SI units."""
 
     title: str
     field: str
     ideal_field: str
     unit_size: float
-    axis_title: str
 
 
 def scaling_figure(scaling: Scaling) -> go.Figure:
@@ -76,16 +75,17 @@ def scaling_figure(scaling: Scaling) -> go.Figure:
         illegal ones are left out. The traces of the curves have ``meta`` "<mode> <field>", those of perfect scaling
         "ideal <mode> <field>".
     """
-    unit = time_scale(scaling.base.step_time_s)
+    unit = time_scale(max(float(np.nanmax(curve.step_time_s)) for curve in scaling.curves))
     panels = _panels(unit)
     figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.08)
-    figure.update_layout(base_layout(HEIGHT, left_margin=75, right_margin=30, top_margin=105))
-    figure.update_layout(legend={"x": 0, "xanchor": "left", "y": 1.16, "yanchor": "bottom"})
+    figure.update_layout(base_layout(HEIGHT, left_margin=65, right_margin=30))
     has_price = scaling.base.cost.usd_per_billion_tokens is not None
     for number, panel in enumerate(panels, start=1):
         if panel.field == "usd_per_billion_tokens" and not has_price:
             _draw_missing_price(figure, scaling, number)
             continue
+        for curve in scaling.curves:
+            _draw_ideal(figure, curve, panel, number)
         for curve in scaling.curves:
             _draw_curve(figure, scaling, curve, panel, unit, number)
         _set_axes(figure, scaling, panel, number)
@@ -101,44 +101,45 @@ def scaling_figure(scaling: Scaling) -> go.Figure:
 def _panels(unit: Scale) -> tuple[Panel, ...]:
     cost = "usd_per_billion_tokens"
     return (
-        Panel("Step time", "step_time_s", "ideal_step_time_s", unit.size, unit.symbol),
-        Panel("Throughput", "tokens_per_s", "ideal_tokens_per_s", 1.0, "tokens/s"),
-        Panel("Cost of a billion tokens", cost, f"ideal_{cost}", 1.0, "USD"),
+        Panel(f"Step time in {unit.symbol}", "step_time_s", "ideal_step_time_s", unit.size),
+        Panel("Throughput in tokens/s", "tokens_per_s", "ideal_tokens_per_s", 1.0),
+        Panel("Cost in USD per billion tokens", cost, f"ideal_{cost}", 1.0),
     )
 
 
 def legal_devices(scaling: Scaling) -> list[int]:
     """Numbers of devices at which at least one way of scaling is legal, ascending."""
-    legal = {
-        int(count)
-        for curve in scaling.curves
-        for count, point in zip(curve.devices, curve.points, strict=True)
-        if point.verdict != "illegal"
-    }
+    legal = {int(curve.devices[row]) for curve in scaling.curves for row in legal_rows(curve)}
     return sorted(legal)
+
+
+def legal_rows(curve: ScalingCurve) -> list[int]:
+    """Positions of the points that have numbers."""
+    return [row for row, point in enumerate(curve.points) if point.verdict != "illegal"]
+
+
+def _draw_ideal(figure: go.Figure, curve: ScalingCurve, panel: Panel, number: int) -> None:
+    rows = legal_rows(curve)
+    figure.add_scatter(
+        x=[int(curve.devices[row]) for row in rows],
+        y=[float(getattr(curve, panel.ideal_field)[row]) / panel.unit_size for row in rows],
+        mode="lines",
+        line={"color": MUTED, "width": 1.5, "dash": "dash"},
+        hoverinfo="skip",
+        name="Perfect scaling",
+        legendrank=2000,
+        showlegend=number == 1 and curve.mode == "weak",
+        meta=f"ideal {curve.mode} {panel.field}",
+        row=1,
+        col=number,
+    )
 
 
 def _draw_curve(
     figure: go.Figure, scaling: Scaling, curve: ScalingCurve, panel: Panel, unit: Scale, number: int
 ) -> None:
     style = STYLES[curve.mode]
-    shown = set(legal_devices(scaling))
-    ideal = [row for row, count in enumerate(curve.devices) if int(count) in shown]
-    figure.add_scatter(
-        x=[int(curve.devices[row]) for row in ideal],
-        y=[float(getattr(curve, panel.ideal_field)[row]) / panel.unit_size for row in ideal],
-        mode="lines",
-        line={"color": style.colour, "width": 1.5, "dash": "dash"},
-        opacity=0.8,
-        hoverinfo="skip",
-        name=f"Perfect {curve.mode} scaling",
-        legendgroup=f"ideal {curve.mode}",
-        showlegend=number == 1,
-        meta=f"ideal {curve.mode} {panel.field}",
-        row=1,
-        col=number,
-    )
-    rows = [row for row, point in enumerate(curve.points) if point.verdict != "illegal"]
+    rows = legal_rows(curve)
     symbols = [style.symbol + ("" if curve.points[row].verdict == "ok" else "-open") for row in rows]
     figure.add_scatter(
         x=[int(curve.devices[row]) for row in rows],
@@ -202,7 +203,6 @@ def _set_axes(figure: go.Figure, scaling: Scaling, panel: Panel, number: int) ->
         tickvals=ticks,
         ticktext=[_tick_text(tick) for tick in ticks],
         tickfont={"size": SMALL_FONT_SIZE},
-        title={"text": panel.axis_title, "font": {"size": FONT_SIZE}, "standoff": 6},
         **line,
         row=1,
         col=number,
@@ -211,13 +211,9 @@ def _set_axes(figure: go.Figure, scaling: Scaling, panel: Panel, number: int) ->
 
 def _value_range(scaling: Scaling, panel: Panel) -> tuple[float, float]:
     """Range that shows every point and the perfect line, at least ``MIN_VALUE_RATIO`` from end to end."""
-    shown = legal_devices(scaling)
+    fields = (panel.field, panel.ideal_field)
     values: FloatArray = np.concatenate(
-        [
-            getattr(curve, field)[np.isin(curve.devices, shown)]
-            for curve in scaling.curves
-            for field in (panel.field, panel.ideal_field)
-        ]
+        [getattr(curve, field)[legal_rows(curve)] for curve in scaling.curves for field in fields]
     )
     low, high = float(np.nanmin(values)) / panel.unit_size, float(np.nanmax(values)) / panel.unit_size
     widening = max(PADDING_RATIO, math.sqrt(MIN_VALUE_RATIO / (high / low)))

@@ -38,7 +38,7 @@ class CategoryStyle:
 DENSE = Family("Dense layers", BLUE)
 EXPERTS = Family("Expert layers", ORANGE)
 COMMUNICATION = Family("Communication", VERMILION)
-UPKEEP = Family("Memory traffic, recompute, update", GREEN)
+UPKEEP = Family("Recompute, memory, update", GREEN)
 WAITING = Family("Waiting", PURPLE)
 FAMILIES: tuple[Family, ...] = (DENSE, EXPERTS, COMMUNICATION, UPKEEP, WAITING)
 
@@ -69,29 +69,42 @@ MEMORY_CATEGORIES: Mapping[str, tuple[str, str]] = {
     "optimizer": ("Optimizer", UPKEEP.colour),
     "activations": ("Activations", ORANGE),
     "buffers": ("Buffers", COMMUNICATION.colour),
-    "other": ("Framework and libraries", GREY),
+    "other": ("Runtime, fragmentation", GREY),
 }
 """Name and colour of every category of memory; the colour is the family's where a step has the same category."""
 
 
-def base_layout(height: int, *, right_margin: int = 40, left_margin: int = 190, top_margin: int = 90) -> go.Layout:
+def base_layout(
+    height: int, *, right_margin: int = 40, left_margin: int = 190, top_margin: int = 80, bottom_margin: int = 50
+) -> go.Layout:
     """Layout every figure starts from: fonts, margins, white ground.
 
     Parameters
     ----------
     height : int
         Whole figure, in pixels; the width follows the window.
-    right_margin, left_margin, top_margin : int
+    right_margin, left_margin, top_margin, bottom_margin : int
         Pixels kept free for columns of numbers, names of rows, and titles.
     """
     return go.Layout(
         height=height,
         font={"family": FONT_FAMILY, "size": FONT_SIZE, "color": INK},
-        margin={"l": left_margin, "r": right_margin, "t": top_margin, "b": 60},
+        margin={"l": left_margin, "r": right_margin, "t": top_margin, "b": bottom_margin},
         plot_bgcolor="white",
         paper_bgcolor="white",
         hoverlabel={"font": {"size": FONT_SIZE, "family": FONT_FAMILY}, "align": "left", "bgcolor": "white"},
-        legend={"orientation": "h", "font": {"size": SMALL_FONT_SIZE}, "itemclick": False, "itemdoubleclick": False},
+        legend={
+            "orientation": "h",
+            "font": {"size": SMALL_FONT_SIZE},
+            "itemclick": False,
+            "itemdoubleclick": False,
+            "xref": "container",
+            "x": 0,
+            "xanchor": "left",
+            "yref": "container",
+            "y": 0.995,
+            "yanchor": "top",
+        },
     )
 
 

@@ -23,7 +23,6 @@ from moesim.units import format_quantity
 Mode = Literal["weak", "strong"]
 Verdict = Literal["ok", "does_not_fit", "illegal"]
 
-SEQUENCES_ARE_NOT_WHOLE = "sequences_not_whole"
 MEMORY = "memory"
 
 
@@ -158,6 +157,7 @@ def _point(
 ) -> tuple[PointVerdict, StepEstimate | None]:
     """Verdict of one number of devices, and the estimate if it is legal."""
     scenario = loaded.scenario
+    # A multiple of the data degree, so whole wherever that is; where it is not, the degrees break their rule first.
     per_step: float = scenario.workload.sequences_per_step * (devices / base_devices if mode == "weak" else 1)
     scaled = scenario.model_copy(
         update={
@@ -171,8 +171,6 @@ def _point(
     for rule in legality_rules(scaled, system.cluster, columns):
         if rule.breaks[0]:
             return PointVerdict("illegal", rule.name, rule.text(rule.message, columns, 0)), None
-    if per_step != int(per_step):
-        return PointVerdict("illegal", SEQUENCES_ARE_NOT_WHOLE, f"{per_step:g} sequences_per_step are not whole"), None
     estimate = estimate_loaded(replace(loaded, scenario=scaled, system=system, columns=columns))
     if estimate.fits:
         return PointVerdict("ok"), estimate

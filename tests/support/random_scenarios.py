@@ -1,10 +1,11 @@
-"""Random legal scenarios by seed: a document of each is legal by construction, whatever the model, degrees and stack."""
+"""Random legal scenarios by seed: legal by construction, whatever the model, degrees, cluster and stack."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from moesim.describe.documents import Document
@@ -244,7 +245,7 @@ def _stage_split(dice: random.Random, pipeline: Fields, num_layers: int) -> Fiel
         return {}
     cuts = sorted(dice.randint(0, num_layers) for _ in range(pipeline["stages"] - 1))
     edges = [0, *cuts, num_layers]
-    return {"layers_per_stage": [high - low for low, high in zip(edges, edges[1:], strict=False)]}
+    return {"layers_per_stage": [high - low for low, high in pairwise(edges)]}
 
 
 def _precision(dice: random.Random, machine: Machine) -> Fields:

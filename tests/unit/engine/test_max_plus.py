@@ -126,8 +126,8 @@ def test_a_formula_with_the_mean_stage_misses_one_heavy_stage_by_more_than_ten_p
     finish = pipeline_finish_s("one_f_one_b", 1, np.array([32]), forward, backward, np.zeros(1)).max()
     mean = (32 + 7) * float((forward + backward).mean())
     assert mean < 0.9 * finish
-    # Exactly: the heavy stage is busy for 32 * 4.5 s, begins after 3 forwards, ends 3 backwards before the step; and the
-    # first micro-batch is back from the four stages after it in 12 s, of which four more forwards of 1.5 s fill 6.
+    # Exactly: the heavy stage is busy for 32 * 4.5 s, begins after 3 forwards, ends 3 backwards before the step;
+    # and its first micro-batch is back from the four stages after it in 12 s, of which four forwards of 1.5 s fill 6.
     assert finish == pytest.approx(32 * 4.5 + 3 * 1.0 + 3 * 2.0 + 12.0 - 4 * 1.5, rel=EXACT)
 
 
@@ -185,9 +185,7 @@ def test_finish_times_equal_the_longest_path(schedule, stages, virtual, count, s
         virtual = 1
     generator = np.random.default_rng(seed)
     forward, backward, hop = random_times(generator, stages * virtual, 1)
-    expected = longest_path_s(
-        schedule, stages, virtual, count, forward[:, 0], backward[:, 0], float(hop[0])
-    )
+    expected = longest_path_s(schedule, stages, virtual, count, forward[:, 0], backward[:, 0], float(hop[0]))
     actual = pipeline_finish_s(schedule, virtual, np.array([count]), forward, backward, hop)[:, 0]
     np.testing.assert_allclose(actual, expected, rtol=EXACT)
 
@@ -214,7 +212,7 @@ def test_a_longer_operation_never_ends_the_step_earlier(stages, count, seed):
 
 
 def test_gpipe_of_two_stages_by_hand():
-    """F 1, 2 and B 3, 1 with a hop of 1, two micro-batches: last forward ends at 6, first stage at 6 + 1 + 1 + 3 + 3."""
+    """F 1, 2, B 3, 1, a hop of 1, two micro-batches: last forward at 6, first stage ends at 6 + 1 + 1 + 3 + 3."""
     forward, backward = np.array([[1.0], [2.0]]), np.array([[3.0], [1.0]])
     finish = gpipe_finish_s(np.array([2]), forward, backward, np.ones(1))
     assert finish[:, 0].tolist() == [14.0, 8.0]

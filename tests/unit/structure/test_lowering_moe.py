@@ -37,11 +37,7 @@ def gemm_flops(loaded: LoadedScenario, category: str, phase: str | None = None, 
 
 
 def all_to_all_bytes(loaded: LoadedScenario, phase: str | None = None) -> list[float]:
-    works = [
-        row.work
-        for row in operations(loaded)
-        if row.stream == "all_to_all" and (phase or row.phase) == row.phase
-    ]
+    works = [row.work for row in operations(loaded) if row.stream == "all_to_all" and (phase or row.phase) == row.phase]
     return [float(work.num_bytes[0]) for work in works if isinstance(work, Collective)]
 
 
@@ -137,7 +133,9 @@ def test_backward_is_twice_forward_but_for_the_dispatch_einsum(shipped: Shipped)
     loaded = shipped(M6T)
     for category in ("router", "expert_gemm"):
         assert gemm_flops(loaded, category) == pytest.approx(3 * gemm_flops(loaded, category, "forward"))
-    assert gemm_flops(loaded, "dispatch_combine") == pytest.approx(2.5 * gemm_flops(loaded, "dispatch_combine", "forward"))
+    assert gemm_flops(loaded, "dispatch_combine") == pytest.approx(
+        2.5 * gemm_flops(loaded, "dispatch_combine", "forward")
+    )
 
 
 def test_one_hot_dispatch_of_switch_base_is_group_over_d_ff_times_its_experts(shipped: Shipped) -> None:
@@ -258,11 +256,7 @@ def test_the_all_to_all_runs_in_the_expert_group(shipped: Shipped) -> None:
 
 def test_fixed_slots_hide_a_skewed_load_and_dropless_routing_shows_it(shipped: Shipped) -> None:
     skew = "model.moe.router.imbalance={kind: max_over_mean, value: 1.5}"
-    factors = {
-        float(row.load_factor[0])
-        for row in operations(shipped(MIXTRAL, skew))
-        if row.load_factor is not None
-    }
+    factors = {float(row.load_factor[0]) for row in operations(shipped(MIXTRAL, skew)) if row.load_factor is not None}
     assert factors == {1.5}
     fixed = shipped(MIXTRAL, skew, "model.moe.router.capacity_factor=1.0")
     assert {float(row.load_factor[0]) for row in operations(fixed) if row.load_factor is not None} == {1.0}

@@ -175,3 +175,13 @@ def test_decoding_does_not_run_the_encoder_again(shipped: Callable[..., LoadedSc
     # One token: self-attention over 114, cross-attention over 512 tokens whose keys are cached.
     per_layer = 2 * (4 * 768**2 + 2 * 768**2 + 2 * 768 * 3072) + 4 * (114 + 512) * 768
     assert forward_flops_per_sequence(base) == pytest.approx(12 * per_layer + 2 * 768 * 32_128, rel=1e-12)
+
+
+def test_the_full_convention_counts_the_masked_half_of_the_decoder_only(shipped: Callable[..., LoadedScenario]) -> None:
+    causal, full = shipped(M6T), shipped(M6T, "flop_convention=full")
+    masked = 24 * 2 * 1024 * 1024 * 1024
+    difference = forward_flops_per_sequence(full) - forward_flops_per_sequence(causal)
+    assert difference == pytest.approx(masked, rel=1e-9)
+    causal, full = shipped("t5_base"), shipped("t5_base", "flop_convention=full")
+    difference = forward_flops_per_sequence(full) - forward_flops_per_sequence(causal)
+    assert difference == pytest.approx(12 * 2 * 114 * 114 * 768, rel=1e-6)

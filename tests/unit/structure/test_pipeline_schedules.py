@@ -13,7 +13,12 @@ from moesim.structure.pipeline_schedules import (
 )
 
 SHAPES = [
-    *[(schedule, stages, 1, count) for schedule in ("gpipe", "one_f_one_b") for stages in (1, 2, 5) for count in (1, 3, 12)],
+    *[
+        (schedule, stages, 1, count)
+        for schedule in ("gpipe", "one_f_one_b")
+        for stages in (1, 2, 5)
+        for count in (1, 3, 12)
+    ],
     *[
         ("interleaved_one_f_one_b", stages, virtual, stages * rounds)
         for stages in (1, 2, 4)

@@ -98,7 +98,9 @@ def test_a_group_whose_stride_is_a_node_has_one_member_in_each() -> None:
     levels=st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=4),
     data=st.data(),
 )
-def test_extents_agree_with_counting_members_in_every_unit_of_the_fabric(levels: list[int], data: st.DataObject) -> None:
+def test_extents_agree_with_counting_members_in_every_unit_of_the_fabric(
+    levels: list[int], data: st.DataObject
+) -> None:
     devices = prod(levels)
     powers = [2**exponent for exponent in range(devices.bit_length())]
     stride = data.draw(st.sampled_from(powers))
