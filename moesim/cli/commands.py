@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         place = str(error.filename) if error.filename else None
         problem = Problem(
             code="E-OUT-001",
-            message=f"cannot write or read: {error.strerror or error}",
+            message=f"cannot open {place or 'a file'}: {error.strerror or error}",
             remedy="check the path, its folder and its permissions",
             file=place,
         )

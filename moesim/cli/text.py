@@ -164,7 +164,7 @@ def print_explanation(loaded: LoadedScenario) -> None:
     from moesim.estimation.explanation import explain_step
 
     console = _console()
-    console.print(f"\nHow {loaded.scenario.name} is priced: seconds each x times per step, on the stage that ends it")
+    console.print(f"\nHow {loaded.scenario.name} is priced: seconds each x times per step, on the critical stage")
     for term in explain_step(loaded):
         console.print(f"\n{term.category} / {term.name} ({term.phase}): {seconds(term.seconds_each)} x {term.times:g}")
         console.print(f"  {term.formula}")

@@ -101,11 +101,11 @@ class PlanEvaluation:
     lower_s: FloatArray
     upper_s: FloatArray
     hardware_flops: FloatArray
-    ending_stage: IntArray
+    critical_stage: IntArray
     finish_s: FloatArray
-    data_parallel_exposed_s: FloatArray
-    data_parallel_hidden_s: FloatArray
-    optimizer_s: FloatArray
+    costs: StateCosts | None
+    data_parallel_overlap: float
+    state_case: IntArray
     memory: MemoryBalance
     layer_case: IntArray
     pass_case: IntArray
@@ -149,7 +149,8 @@ def _evaluate_plan(
         _hops(system, columns)[passes.rows],
     )
     finish, pipe_lower, pipe_upper = _pipeline(system, plan, columns["num_micro_batches"][passes.rows], times)
-    ends = _step_end(system, times, finish, costs, states.inverse, passes.inverse)
+    is_training = scenario.workload.kind == "training"
+    step_time_s = _step_end(system, times, finish, costs, states.inverse, passes.inverse)
     memory = _memory(system, sequence, plan, parameters, columns, states)
     after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s).max(axis=0)
     lower = np.maximum(pipe_lower[passes.inverse], costs.ideal_communication_s.max(axis=0)[states.inverse])
@@ -157,15 +158,15 @@ def _evaluate_plan(
     return PlanEvaluation(
         rows=rows,
         plan=plan,
-        step_time_s=ends.step_time_s,
-        lower_s=lower + ends.is_training * costs.ideal_optimizer_s.max(axis=0)[states.inverse],
-        upper_s=np.maximum(pipe_upper[passes.inverse] + after[states.inverse], ends.step_time_s),
+        step_time_s=step_time_s,
+        lower_s=lower + is_training * costs.ideal_optimizer_s.max(axis=0)[states.inverse],
+        upper_s=np.maximum(pipe_upper[passes.inverse] + after[states.inverse], step_time_s),
         hardware_flops=flops * columns["devices"] / columns["stages"],
-        ending_stage=ends.stage,
+        critical_stage=stage_seconds(times, plan.stages).argmax(axis=0),
         finish_s=finish,
-        data_parallel_exposed_s=ends.exposed_s,
-        data_parallel_hidden_s=ends.hidden_s,
-        optimizer_s=ends.optimizer_s,
+        costs=costs if is_training else None,
+        data_parallel_overlap=system.stack.overlap.data_parallel,
+        state_case=states.inverse,
         memory=memory,
         layer_case=layer_case,
         pass_case=passes.inverse,
@@ -279,6 +280,12 @@ def _hops(system: System, columns: Columns) -> FloatArray:
     return hop_time(at_cases, context, system.hardware).modelled_s[cases.inverse]
 
 
+def stage_seconds(times: StageTimes, stages: int) -> FloatArray:
+    """Forward and backward of one micro-batch on each stage: (stages, n_cases)."""
+    both = times.forward_s + times.backward_s
+    return np.asarray(both.reshape(-1, stages, both.shape[1]).sum(axis=0))
+
+
 def _pipeline(
     system: System, plan: StagePlan, micro_batches: FloatArray, times: StageTimes
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -304,18 +311,6 @@ def _pipeline(
     return finish, lower, rounds * virtual * (slowest + hop)
 
 
-@dataclass(frozen=True)
-class _StepEnd:
-    """How a step ends, arrays (n_rows,), on the stage that ends last."""
-
-    step_time_s: FloatArray
-    stage: IntArray
-    exposed_s: FloatArray
-    hidden_s: FloatArray
-    optimizer_s: FloatArray
-    is_training: float
-
-
 def _step_end(
     system: System,
     times: StageTimes,
@@ -323,31 +318,48 @@ def _step_end(
     costs: StateCosts,
     state_case: IntArray,
     pass_case: IntArray,
-) -> _StepEnd:
-    """Gradient reduction, update and gather after each stage's last backward; the last stage ends the step.
+) -> FloatArray:
+    """Step times (n_rows,): the last stage to end its schedule, gradient reduction, update and gather."""
+    if system.scenario.workload.kind != "training":
+        return np.asarray(finish.max(axis=0)[pass_case])
+    stages = len(finish)
+    forward, backward = (
+        chunks.reshape(-1, stages, chunks.shape[1]).sum(axis=0) for chunks in (times.forward_s, times.backward_s)
+    )
+    end = finish[:, pass_case]
+    end += (costs.reduction_s + costs.update_gather_s + costs.optimizer_s)[:, state_case]
+    eta = system.stack.overlap.data_parallel
+    end -= np.minimum((costs.reduction_s * eta)[:, state_case], backward[:, pass_case])
+    if costs.update_gather_s.any():
+        end -= np.minimum((costs.update_gather_s * eta)[:, state_case], forward[:, pass_case])
+    return np.asarray(end.max(axis=0))
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """What one stage of one row does after its last backward: seconds.
 
     The reduction hides only under the last micro-batch's backward, the gather of updated parameters under the first
     forward of the next step.
     """
-    n_rows = len(pass_case)
-    if system.scenario.workload.kind != "training":
-        stage = finish.argmax(axis=0)[pass_case]
-        none = np.zeros(n_rows)
-        return _StepEnd(finish.max(axis=0)[pass_case], stage, none, none, none, 0.0)
-    eta, stages = system.stack.overlap.data_parallel, len(finish)
-    backward = times.backward_s.reshape(-1, stages, times.backward_s.shape[1]).sum(axis=0)
-    forward = times.forward_s.reshape(-1, stages, times.forward_s.shape[1]).sum(axis=0)
-    hidden = np.minimum((costs.reduction_s * eta)[:, state_case], backward[:, pass_case])
-    if costs.update_gather_s.any():
-        hidden += np.minimum((costs.update_gather_s * eta)[:, state_case], forward[:, pass_case])
-    after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s)[:, state_case]
-    end = finish[:, pass_case]
-    end += after
-    end -= hidden
-    stage = end.argmax(axis=0)
-    pick, of_stage = (stage, np.arange(n_rows)), (stage, state_case)
-    hidden_s, optimizer_s = hidden[pick], costs.optimizer_s[of_stage]
-    return _StepEnd(end[pick], stage, after[pick] - optimizer_s - hidden_s, hidden_s, optimizer_s, 1.0)
+
+    exposed_s: float
+    hidden_s: float
+    optimizer_s: float
+
+
+def step_end(evaluation: PlanEvaluation, row: int, stage: int) -> StepEnd:
+    """End of a step on one stage of one row: the terms that ``_step_end`` sums for all stages and rows."""
+    times, costs = evaluation.times, evaluation.costs
+    if costs is None:
+        return StepEnd(0.0, 0.0, 0.0)
+    chunks, pass_case = slice(stage, None, evaluation.plan.stages), int(evaluation.pass_case[row])
+    at = (stage, int(evaluation.state_case[row]))
+    reduction, gather = float(costs.reduction_s[at]), float(costs.update_gather_s[at])
+    eta = evaluation.data_parallel_overlap
+    hidden = min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()))
+    hidden += min(gather * eta, float(times.forward_s[chunks, pass_case].sum()))
+    return StepEnd(reduction + gather - hidden, hidden, float(costs.optimizer_s[at]))
 
 
 @dataclass(frozen=True)
@@ -409,12 +421,12 @@ def _memory(
 def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[str, dict[str, float]]:
     """Exposed and hidden seconds by category for one row of an evaluation; exposed parts sum to the step time.
 
-    Parts are those of the stage that ends the step, times its micro-batches; what its pipeline waits is transfer (one
-    round trip through the stages) and bubble.
+    Parts are those of the critical stage, times its micro-batches, and what it does after them; all else is waiting:
+    transfer (at most one round trip through the stages) and bubble.
     """
-    plan, layers = evaluation.plan, evaluation.layers
-    stage, case = int(evaluation.ending_stage[row]), int(evaluation.layer_case[row])
-    pass_case = int(evaluation.pass_case[row])
+    plan, layers, times = evaluation.plan, evaluation.layers, evaluation.times
+    case, pass_case = int(evaluation.layer_case[row]), int(evaluation.pass_case[row])
+    stage = int(evaluation.critical_stage[pass_case])
     micro_batches = float(columns["num_micro_batches"][row])
     exposed: dict[str, float] = {}
     hidden: dict[str, float] = {}
@@ -426,14 +438,11 @@ def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[st
                 for key, values in parts.items():
                     seconds = float(np.broadcast_to(values, layers.rows.shape)[case])
                     totals[key] = totals.get(key, 0.0) + micro_batches * count * seconds
-    chunks = slice(stage, None, plan.stages)
-    times = evaluation.times
+    chunks, end = slice(stage, None, plan.stages), step_end(evaluation, row, stage)
     exposed["host"] = micro_batches * float(times.chunk.host_s[chunks, times.chunk_case[pass_case]].sum())
-    zero_exposed = micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
-    zero_hidden = micro_batches * float(times.zero_hidden_s[chunks, pass_case].sum())
-    exposed["data_parallel"] = float(evaluation.data_parallel_exposed_s[row]) + zero_exposed
-    hidden["data_parallel"] = float(evaluation.data_parallel_hidden_s[row]) + zero_hidden
-    exposed["optimizer"] = float(evaluation.optimizer_s[row])
+    exposed["data_parallel"] = end.exposed_s + micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
+    hidden["data_parallel"] = end.hidden_s + micro_batches * float(times.zero_hidden_s[chunks, pass_case].sum())
+    exposed["optimizer"] = end.optimizer_s
     waiting = max(float(evaluation.step_time_s[row]) - sum(exposed.values()), 0.0)
     trips = 2.0 * (plan.stages * plan.virtual_stages - 1)
     transfer = min(trips * float(times.exposed_hop_s[pass_case]), waiting)

@@ -12,7 +12,7 @@ from moesim.describe.documents import Document
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
-from moesim.engine.analytical import PlanEvaluation, System, breakdown, evaluate, model_flops
+from moesim.engine.analytical import PlanEvaluation, System, breakdown, evaluate, model_flops, stage_seconds
 from moesim.estimation.advice import find_bottleneck, routing_group_tokens, warnings_of
 from moesim.estimation.loading import LoadedScenario, load, load_document, routed_shares
 from moesim.estimation.provenance import sourced_figures
@@ -138,11 +138,11 @@ def _parameters(system: System, evaluation: PlanEvaluation) -> Parameters:
 
 
 def _pipeline_answer(evaluation: PlanEvaluation, bubble_s: float, columns: Columns) -> PipelineAnswer:
-    case, stages = int(evaluation.pass_case[0]), evaluation.plan.stages
-    times = evaluation.times
-    per_stage = (times.forward_s + times.backward_s)[:, case].reshape(-1, stages).sum(axis=0)
-    busy = float(columns["num_micro_batches"][0]) * float(per_stage.max())
-    return PipelineAnswer([float(value) for value in per_stage], bubble_s / busy, int(np.argmax(per_stage)))
+    case = int(evaluation.pass_case[0])
+    per_stage = stage_seconds(evaluation.times, evaluation.plan.stages)[:, case]
+    critical = int(evaluation.critical_stage[case])
+    busy = float(columns["num_micro_batches"][0]) * float(per_stage[critical])
+    return PipelineAnswer([float(value) for value in per_stage], bubble_s / busy, critical)
 
 
 def _memory_answer(system: System, evaluation: PlanEvaluation) -> MemoryAnswer:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moesim.cost.explanations import explain_operation
 from moesim.cost.operators import price
-from moesim.engine.analytical import PlanEvaluation, evaluate
+from moesim.engine.analytical import PlanEvaluation, evaluate, stage_seconds, step_end
 from moesim.estimation.loading import LoadedScenario
 from moesim.structure.layers import layer_sequence
 from moesim.structure.lowering import LoweringContext
@@ -22,7 +22,7 @@ from moesim.structure.step_graph import OperationTable
 
 @dataclass(frozen=True)
 class ExplainedTerm:
-    """One term: ``seconds_each`` without overlap, executed ``times`` per step on the stage that ends it."""
+    """One term: ``seconds_each`` without overlap, executed ``times`` per step on the critical stage."""
 
     category: str
     name: str
@@ -45,8 +45,8 @@ def explain_step(loaded: LoadedScenario) -> list[ExplainedTerm]:
 
 
 def _tables(loaded: LoadedScenario, evaluation: PlanEvaluation) -> Iterator[tuple[OperationTable, float]]:
-    """Operation tables and how often the ending stage executes each in a step."""
-    system, plan, stage = loaded.system, evaluation.plan, int(evaluation.ending_stage[0])
+    """Operation tables and how often the critical stage executes each in a step."""
+    system, plan, stage = loaded.system, evaluation.plan, int(evaluation.critical_stage[evaluation.pass_case[0]])
     context = LoweringContext(loaded.scenario, system.stack, loaded.columns)
     sequence = layer_sequence(loaded.scenario.model)
     micro_batches = float(loaded.columns["num_micro_batches"][0])
@@ -87,36 +87,33 @@ def _table_terms(loaded: LoadedScenario, table: OperationTable, times: float) ->
 
 def _step_terms(loaded: LoadedScenario, evaluation: PlanEvaluation) -> Iterator[ExplainedTerm]:
     """The pipeline, the gradients' reduction, the update, and the memory balance."""
-    stage, case = int(evaluation.ending_stage[0]), int(evaluation.pass_case[0])
-    times, stages = evaluation.times, evaluation.plan.stages
+    case, stages = int(evaluation.pass_case[0]), evaluation.plan.stages
+    stage = int(evaluation.critical_stage[case])
+    end = step_end(evaluation, 0, stage)
+    busy = float(stage_seconds(evaluation.times, stages)[stage, case])
     micro_batches = float(loaded.columns["num_micro_batches"][0])
-    per_stage = (times.forward_s + times.backward_s)[:, case].reshape(-1, stages).sum(axis=0)
-    finish = float(evaluation.finish_s[stage, case])
-    rest = finish - micro_batches * float(per_stage[stage])
+    waiting = float(evaluation.step_time_s[0]) - micro_batches * busy - end.exposed_s - end.optimizer_s
     schedule = loaded.scenario.parallelism.pipeline.schedule
     yield ExplainedTerm(
         "pipeline_bubble",
-        "pipeline.finish",
+        f"stage {stage}, the critical one",
         "step",
         1.0,
-        finish,
+        micro_batches * busy + waiting,
         f"micro-batches x stage time + waiting ({schedule} over {stages} stages by max-plus recursion)",
-        f"{micro_batches:g} * {float(per_stage[stage]):.12g} + {rest:.12g}",
+        f"{micro_batches:g} * {busy:.15g} + {waiting:.15g}",
     )
-    exposed, hidden = float(evaluation.data_parallel_exposed_s[0]), float(evaluation.data_parallel_hidden_s[0])
     yield ExplainedTerm(
         "data_parallel",
         "gradients and updated parameters",
         "step",
         1.0,
-        exposed,
+        end.exposed_s,
         "reduction + gather - what hides under the last backward and the next forward",
-        f"{exposed + hidden:.12g} - {hidden:.12g}",
+        f"{end.exposed_s + end.hidden_s:.15g} - {end.hidden_s:.15g}",
     )
-    update = float(evaluation.optimizer_s[0])
-    yield ExplainedTerm(
-        "optimizer", "update", "step", 1.0, update, "t0 + bytes of states / (bandwidth fraction)", f"{update:.12g}"
-    )
+    words = "t0 + bytes of states / (bandwidth fraction)"
+    yield ExplainedTerm("optimizer", "update", "step", 1.0, end.optimizer_s, words, f"{end.optimizer_s:.15g}")
     memory = evaluation.memory.parts(0)
     parts = " + ".join(f"{value:.0f}" for value in memory.values())
     yield ExplainedTerm(

@@ -203,7 +203,7 @@ def _draw_categories(figure: go.Figure, estimate: StepEstimate, rows: list[Break
         )
     title = "Parts of the step"
     if len(estimate.pipeline.stage_times_s) > 1:
-        title += ", seen from the stage that ends it"
+        title += ", seen from the critical stage"
     add_panel_title(figure, title, axis="2")
     figure.update_yaxes(row_axis([row.name for row in rows]), row=2, col=1)
     figure.update_xaxes(value_axis(""), ticksuffix=f" {scale.symbol}", row=2, col=1)

@@ -36,7 +36,7 @@ class Rule:
 
     def text(self, template: str, columns: Columns, row: int) -> str:
         """Fill a template with the values of one row."""
-        return template.format(**{name: f"{values[row]:g}" for name, values in columns.values.items()})
+        return template.format(**{name: f"{values[row]:.15g}" for name, values in columns.values.items()})
 
 
 def resolve_columns(columns: Columns) -> Columns:
@@ -84,10 +84,18 @@ def legality_rules(scenario: Scenario, cluster: Cluster, columns: Columns) -> It
 def _degree_rules(cluster: Cluster, columns: Columns) -> Iterator[Rule]:
     product = columns["tensor"] * columns["context"] * columns["stages"] * columns["data"]
     yield Rule(
+        "devices_not_divisible",
+        "E-SCN-003",
+        "devices",
+        ~_is_whole(columns["data"]),
+        "{devices} devices do not divide into groups of tensor {tensor} x context {context} x pipeline {stages}",
+        "choose degrees whose product divides devices",
+    )
+    yield Rule(
         "degrees_do_not_multiply",
         "E-SCN-003",
         "parallelism",
-        ~(_is_whole(columns["data"]) & (product == columns["devices"])),
+        _is_whole(columns["data"]) & (product != columns["devices"]),
         "tensor {tensor} x context {context} x pipeline {stages} x data {data} is not the number of devices, {devices}",
         "choose degrees whose product is devices; data: auto takes what the others leave",
     )

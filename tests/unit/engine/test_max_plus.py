@@ -74,6 +74,15 @@ def test_skipped_periods_of_interleaving_are_exact_for_durations_that_tie(stages
     np.testing.assert_allclose(actual, expected, rtol=EXACT)
 
 
+def test_skipped_periods_are_exact_where_transfers_outlast_equal_stages():
+    """Two stages of two equal chunks, hops five times as long: two periods alike do not make a steady state."""
+    ones, hop = np.ones((4, 1)), np.array([5.0])
+    schedule = "interleaved_one_f_one_b"
+    expected = unrolled_finish_s(schedule, 2, 2, 24, ones, ones, hop)
+    actual = pipeline_finish_s(schedule, 2, np.array([24]), ones, ones, hop)
+    np.testing.assert_allclose(actual, expected, rtol=EXACT)
+
+
 def test_many_cases_with_different_micro_batches_equal_each_case_alone():
     generator = np.random.default_rng(5)
     forward, backward, hop = random_times(generator, 6, 300)

@@ -100,7 +100,7 @@ def test_sequences_are_whole_wherever_the_data_degree_is() -> None:
     assert [point.verdict for point in scaling.weak.points] == ["ok"] * 6
     one_rank = ("devices=2", "parallelism.data=1", "parallelism.context=2", "workload.sequences_per_step=1")
     scaling = scaling_from(loaded_scenario("t5_base", *one_rank, "workload.sequences_per_micro_batch=1"))
-    assert scaling.weak.points[0].rule == "degrees_do_not_multiply"
+    assert scaling.weak.points[0].rule == "devices_not_divisible"
     assert {point.verdict for point in scaling.weak.points[1:]} == {"ok"}
 
 
