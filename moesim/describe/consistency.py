@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moesim.describe.hardware import Cluster, Device, Stack, TorusFabric
-from moesim.describe.model import MAX_LAYERS, HistogramLoad, LayerRun
+from moesim.describe.model import MAX_LAYERS, GroupedQueryAttention, HistogramLoad, LayerRun
 from moesim.describe.scenario import DEFAULT_RANK_ORDER, Scenario
 
 
@@ -24,6 +24,14 @@ def inconsistencies(scenario: Scenario) -> Iterator[Inconsistency]:
     yield from _layer_problems(scenario)
     yield from _length_problems(scenario)
     yield from _moe_problems(scenario)
+    attention = scenario.model.attention
+    if isinstance(attention, GroupedQueryAttention) and attention.heads % attention.kv_heads:
+        yield Inconsistency(
+            "E-SCN-004",
+            "model.attention.kv_heads",
+            f"{attention.heads} query heads do not share {attention.kv_heads} key-value heads evenly",
+            f"choose kv_heads as a divisor of {attention.heads}",
+        )
     order = scenario.parallelism.rank_order
     if sorted(order) != sorted(DEFAULT_RANK_ORDER):
         yield Inconsistency(

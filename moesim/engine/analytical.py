@@ -17,7 +17,7 @@ from moesim.cost.state_costs import StateCosts, hop_time, state_cost_columns, st
 from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.scenario import Scenario
 from moesim.engine.layer_cases import PHASES, LayerCases, PhaseName, layer_case_columns, layer_cases
-from moesim.engine.max_plus import pipeline_finish_s
+from moesim.engine.max_plus import forward_finish_s, pipeline_finish_s
 from moesim.structure.columns import Columns, Distinct, FloatArray, IntArray, distinct_codes
 from moesim.structure.layers import LayerSequence, StagePlan, layer_sequence, stage_plan
 from moesim.structure.lowering import LoweringContext, token_columns
@@ -60,8 +60,6 @@ class ChunkTimes:
     backward_s: FloatArray
     serial_forward_s: FloatArray
     serial_backward_s: FloatArray
-    device_forward_s: FloatArray
-    device_backward_s: FloatArray
     ideal_s: FloatArray
     host_s: FloatArray
     flops: FloatArray
@@ -153,14 +151,13 @@ def _evaluate_plan(
     step_time_s = _step_end(system, times, finish, costs, states.inverse, passes.inverse)
     memory = _memory(system, sequence, plan, parameters, columns, states)
     after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s).max(axis=0)
-    lower = np.maximum(pipe_lower[passes.inverse], costs.ideal_communication_s.max(axis=0)[states.inverse])
     flops = times.chunk.flops[times.chunk_case][passes.inverse] * columns["num_micro_batches"]
     return PlanEvaluation(
         rows=rows,
         plan=plan,
         step_time_s=step_time_s,
-        lower_s=lower + is_training * costs.ideal_optimizer_s.max(axis=0)[states.inverse],
-        upper_s=np.maximum(pipe_upper[passes.inverse] + after[states.inverse], step_time_s),
+        lower_s=_lower_bound(pipe_lower, passes.inverse, costs if is_training else None, states.inverse),
+        upper_s=np.maximum(pipe_upper[passes.inverse] + is_training * after[states.inverse], step_time_s),
         hardware_flops=flops * columns["devices"] / columns["stages"],
         critical_stage=stage_seconds(times, plan.stages).argmax(axis=0),
         finish_s=finish,
@@ -173,6 +170,23 @@ def _evaluate_plan(
         times=times,
         layers=layers,
     )
+
+
+def _lower_bound(
+    pipeline: tuple[FloatArray, FloatArray], pass_case: IntArray, costs: StateCosts | None, state_case: IntArray
+) -> FloatArray:
+    """Lower bound of the step (n_rows,) from a pipeline's (with the stages around it, own work alone) bounds.
+
+    Updates end with the slowest stage's work and at least the fastest update, and each stage's gradients and parameters
+    take their wire time before its own update.
+    """
+    around, own = pipeline
+    if costs is None:
+        return np.asarray(around[pass_case])
+    update = costs.ideal_optimizer_s
+    moved = (costs.ideal_communication_s + update).max(axis=0)[state_case]
+    worked = own[pass_case] + update.min(axis=0)[state_case]
+    return np.asarray(np.maximum(np.maximum(around[pass_case], worked), moved))
 
 
 def _zero_in_pass(columns: Columns) -> FloatArray:
@@ -193,6 +207,7 @@ def _chunk_times(system: System, plan: StagePlan, layers: LayerCases, cases: Int
     moe_layers = np.zeros(plan.counts.shape[1])
     for index, block in enumerate(layers.layers):
         moe_layers = moe_layers + plan.counts[index] * block.is_moe
+    moe_layers[-1] += layers.token_prediction_moe_layers
     sync_s = launch.host_synchronisations_per_moe_layer * launch.host_synchronisation_time.value
     host_rate = 0.0 if launch.uses_cuda_graphs else launch.kernel_launch_time.value
 
@@ -208,8 +223,6 @@ def _chunk_times(system: System, plan: StagePlan, layers: LayerCases, cases: Int
         backward_s=total("backward", "device_s") + waiting["backward"],
         serial_forward_s=total("forward", "serial_s") + waiting["forward"],
         serial_backward_s=total("backward", "serial_s") + waiting["backward"],
-        device_forward_s=total("forward", "device_s"),
-        device_backward_s=total("backward", "device_s"),
         ideal_s=total("forward", "ideal_s") + total("backward", "ideal_s"),
         host_s=waiting["forward"] + waiting["backward"],
         flops=(total("forward", "flops") + total("backward", "flops")).sum(axis=0),
@@ -248,8 +261,8 @@ def _stage_times(
         gather = _per_chunk(costs.pass_gather_s, plan)[:, state_case]
         scatter = gather + _per_chunk(costs.pass_scatter_s, plan)[:, state_case]
         scatter *= system.scenario.workload.kind == "training"
-        hidden_forward = np.minimum(gather * eta, chunk.device_forward_s[:, used.inverse])
-        hidden_backward = np.minimum(scatter * eta, chunk.device_backward_s[:, used.inverse])
+        hidden_forward = np.minimum(gather * eta, chunk.forward_s[:, used.inverse])
+        hidden_backward = np.minimum(scatter * eta, chunk.backward_s[:, used.inverse])
         forward_s = forward_s + gather - hidden_forward
         backward_s = backward_s + scatter - hidden_backward
         hidden = hidden_forward + hidden_backward
@@ -288,21 +301,25 @@ def stage_seconds(times: StageTimes, stages: int) -> FloatArray:
 
 def _pipeline(
     system: System, plan: StagePlan, micro_batches: FloatArray, times: StageTimes
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+) -> tuple[FloatArray, tuple[FloatArray, FloatArray], FloatArray]:
     """Finish of every stage (stages, n_cases), and lower and upper bounds of the pipeline's time (n_cases,).
 
     Lower: a stage's own work at peak rates, after the first micro-batch passed the stages before it and before the last
-    returns. Upper: m + p - 1 rounds of the slowest chunks with their hops, nothing overlapped.
+    returns; and the own work alone. Upper: m + p - 1 rounds of the slowest chunks with their hops, nothing overlapped.
     """
     is_training = system.scenario.workload.kind == "training"
-    schedule = system.scenario.parallelism.pipeline.schedule if is_training else "gpipe"
+    schedule = system.scenario.parallelism.pipeline.schedule
     counts = np.rint(micro_batches).astype(np.int64)
     virtual = plan.virtual_stages
-    finish = pipeline_finish_s(schedule, virtual, counts, times.forward_s, times.backward_s, times.exposed_hop_s)
+    if is_training:
+        finish = pipeline_finish_s(schedule, virtual, counts, times.forward_s, times.backward_s, times.exposed_hop_s)
+    else:
+        finish = forward_finish_s(counts, times.forward_s, times.exposed_hop_s)
     chunk, case = times.chunk, times.chunk_case
     ideal = chunk.ideal_s.reshape(virtual, plan.stages, -1).sum(axis=0)
     before = np.cumsum(ideal, axis=0) - ideal if virtual == 1 else ideal * 0.0
-    lower = (ideal[:, case] * micro_batches + before[:, case]).max(axis=0)
+    own = ideal[:, case] * micro_batches
+    lower = ((own + before[:, case]).max(axis=0), own.max(axis=0))
     rounds = micro_batches + plan.stages - 1
     slowest = (chunk.serial_forward_s.max(axis=0) + chunk.serial_backward_s.max(axis=0))[case]
     if times.has_zero_passes:

@@ -60,7 +60,8 @@ class Block:
 class LayerCases:
     """Blocks over the distinct cases of ``columns``: layer kinds in order, then first and last end.
 
-    ``inverse`` maps a row to its case; ``first`` is the embedding, ``last`` head, loss and token prediction.
+    ``inverse`` maps a row to its case; ``first`` is the embedding, ``last`` head, loss and token prediction, which has
+    ``token_prediction_moe_layers``.
     """
 
     rows: IntArray
@@ -68,6 +69,7 @@ class LayerCases:
     layers: tuple[Block, ...]
     first: Block
     last: Block
+    token_prediction_moe_layers: int
 
 
 Gather = Callable[[FloatArray], FloatArray]
@@ -101,6 +103,9 @@ def layer_cases(
     assembler = _Assembler(stack, scenario.workload.kind == "training", at_cases["recompute"])
     layers = []
     for kind in sequence.kinds:
+        if kind.side == "encoder" and scenario.workload.kind == "decode":
+            layers.append(assembler.block(kind.name, []))  # the source was encoded before
+            continue
         tables: list[tuple[PricedTable, Gather]] = [(price_table(dense_part(context, kind), hardware), gather)]
         if kind.is_moe:
             tables.append(_moe_tables(scenario, stack, at_cases, kind, hardware, load_factor))
@@ -114,7 +119,8 @@ def layer_cases(
         inner = layers[sequence.kinds.index(mtp_layer_kind(sequence))]
         for _ in range(sequence.mtp_layers):
             last = _joined(_joined(last, module), inner)
-    return LayerCases(cases.rows, cases.inverse, tuple(layers), first, last)
+    moe_modules = sequence.mtp_layers * mtp_layer_kind(sequence).is_moe if assembler.is_training else 0
+    return LayerCases(cases.rows, cases.inverse, tuple(layers), first, last, moe_modules)
 
 
 def _moe_tables(

@@ -97,6 +97,15 @@ def pipeline_finish_s(
     return finish
 
 
+def forward_finish_s(micro_batches: IntArray, forward_s: FloatArray, hop_s: FloatArray) -> FloatArray:
+    """Forward passes alone, a flow shop of equal jobs: the last stage ends at sum f + (p - 1) c + (m - 1) max f.
+
+    Every stage is given that time: a step of inference ends with its last stage.
+    """
+    end = forward_s.sum(axis=0) + (len(forward_s) - 1) * hop_s + (micro_batches - 1) * forward_s.max(axis=0)
+    return np.broadcast_to(end, forward_s.shape)
+
+
 def gpipe_finish_s(
     micro_batches: IntArray, forward_s: FloatArray, backward_s: FloatArray, hop_s: FloatArray
 ) -> FloatArray:
@@ -106,9 +115,7 @@ def gpipe_finish_s(
     sum_(j >= s) b + (p - 1 - s) c + (m - 1) max_(j >= s) b later.
     """
     stages = len(forward_s)
-    forward_end = (
-        forward_s.sum(axis=0) + (stages - 1) * hop_s + (micro_batches - 1) * np.maximum.reduce(forward_s, axis=0)
-    )
+    forward_end = forward_finish_s(micro_batches, forward_s, hop_s)[0]
     finish = np.empty_like(forward_s)
     total, largest = np.zeros_like(hop_s), np.zeros_like(hop_s)
     for stage in range(stages - 1, -1, -1):
@@ -292,16 +299,17 @@ def _periodic_program_finish_s(
 
 
 def _steady_shift(program: Program, nodes: FloatArray) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], FloatArray]:
-    """Compare the last full period before the drain with the one before it, for the forwards of every chunk.
+    """Compare the last two periods before the drain with the two that begin one period earlier, all chunks and phases.
 
-    The window ends ``2 * stages`` micro-batches before the last, so that neither warm-up nor drain touches it.
+    The state of a schedule spans two groups of micro-batches (warm-up is up to (v + 1) p - 2 chunks), hence two. The
+    window ends ``2 * stages`` micro-batches before the last, so that neither warm-up nor drain touches it.
     """
     stages, micro_batches = program.stages, program.micro_batches
     chunks = stages * program.virtual_stages
     per_node = nodes[:-1].reshape(2, chunks, micro_batches, -1)
     middle = micro_batches - 2 * stages
-    late = per_node[:, :, middle - stages : middle]
-    early = per_node[:, :, middle - 2 * stages : middle - stages]
+    late = per_node[:, :, middle - 2 * stages : middle]
+    early = per_node[:, :, middle - 3 * stages : middle - stages]
     moved = (late - early).reshape(-1, per_node.shape[-1])
     low, high = moved.min(axis=0), moved.max(axis=0)
     return high - low <= PERIODICITY_TOLERANCE * nodes.max(axis=0), high

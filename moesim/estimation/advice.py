@@ -63,7 +63,7 @@ def _routing_warnings(scenario: Scenario, columns: Columns, slots: float, droppe
     factor = float(columns["capacity_factor"][0])
     if moe is None or factor == DROPLESS:
         return
-    group = routing_group_tokens(columns)
+    group = routing_group_tokens(scenario, columns)
     scale = moe.router.experts_per_token if moe.router.capacity_per == "assignment" else 1
     asked = scale * factor * group / moe.num_experts
     if slots > asked * (1 + ROUNDING_TOLERANCE):
@@ -75,8 +75,9 @@ def _routing_warnings(scenario: Scenario, columns: Columns, slots: float, droppe
         yield AnswerWarning("W-CAP-002", f"{dropped:.1%} of the assignments exceed an expert's slots and are dropped")
 
 
-def routing_group_tokens(columns: Columns) -> float:
-    """Tokens of one routing group of the decoder, for the first row."""
-    tokens = float((columns["micro_batch"] * columns["target_length"] / columns["context"] / columns["tensor"])[0])
+def routing_group_tokens(scenario: Scenario, columns: Columns) -> float:
+    """Tokens of one routing group of the decoder, for the first row; decoding, one token per sequence."""
+    length = columns["target_length"] * 0 + 1.0 if scenario.workload.kind == "decode" else columns["target_length"]
+    tokens = float((columns["micro_batch"] * length / columns["context"] / columns["tensor"])[0])
     asked = float(columns["group_tokens"][0])
     return tokens if asked == 0 else float(np.minimum(asked, tokens))

@@ -163,7 +163,7 @@ def _routing_answer(system: System, columns: Columns) -> RoutingAnswer:
     moe = system.scenario.model.moe
     if moe is None:
         return RoutingAnswer(0.0, 0.0, 1.0)
-    group = routing_group_tokens(columns)
+    group = routing_group_tokens(system.scenario, columns)
     slots = float(slots_per_expert(moe, columns["capacity_factor"], np.array([group]))[0])
     degree = int(columns["expert"][0])
     load = float(system.load_factor(columns["expert"])[0])

@@ -71,7 +71,7 @@ def load_document(document: Document, library: HardwareLibrary) -> LoadedScenari
     problems = _located(document, inconsistencies(scenario))
     hardware, hardware_problems = _hardware(document, scenario, library)
     problems += hardware_problems
-    if hardware is not None and not problems:
+    if hardware is not None:
         device, cluster, stack = hardware
         problems += _located(document, hardware_mismatches(scenario, device, cluster, stack))
         columns = resolve_columns(group_columns_table(scenario, {}, 1))

@@ -293,6 +293,10 @@ class SpaceEstimator:
         for position, index in zip(self._structural, combination, strict=True):
             for path, values in self._space.axes[position].values.items():
                 document = assign(document, path, values[index])
+        for axis in self._space.axes:
+            if axis.is_numeric:  # which lengths are given matters, not how long they are
+                for path, values in axis.values.items():
+                    document = assign(document, path, values[0])
         try:
             scenario = validated_scenario(document)
             cluster = self._library.cluster(scenario.cluster)

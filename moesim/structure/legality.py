@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import GroupedQueryAttention
-from moesim.describe.scenario import Scenario
+from moesim.describe.scenario import DEFAULT_RANK_ORDER, Scenario
 from moesim.structure.columns import AUTO_DEGREE, WHOLE_RANK_GROUP, Columns, FloatArray
 from moesim.structure.layers import layer_sequence
+from moesim.structure.placement import MESH_COLUMN, dense_mesh, expert_mesh
 
 MAX_MICRO_BATCHES = 10_000_000
 
@@ -76,8 +77,10 @@ def legality_rules(scenario: Scenario, cluster: Cluster, columns: Columns) -> It
     """Every rule, evaluated on resolved columns, in the order in which a person would check them."""
     yield from _degree_rules(cluster, columns)
     yield from _model_rules(scenario, columns)
+    yield from _sharded_sequence_rules(scenario, columns)
     yield from _pipeline_rules(scenario, columns)
     if scenario.model.moe is not None:
+        yield from _mesh_rules(scenario, columns)
         yield from _expert_rules(scenario, columns)
 
 
@@ -178,6 +181,42 @@ def _model_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
     )
 
 
+def _sharded_sequence_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
+    """Sequence parallelism splits each rank's sequence over the tensor group."""
+    if scenario.workload.kind == "decode":
+        return
+    for side in ("target", "source"):
+        local = columns[f"{side}_length"] / columns["context"]
+        yield Rule(
+            f"{side}_sequence_not_sharded",
+            "E-SCN-004",
+            "parallelism.sequence",
+            (columns["sequence"] > 0) & ~_divides(local, columns["tensor"]),
+            "{" + f"{side}_length" + "} tokens over context {context} do not divide over tensor {tensor}",
+            "use sequence: false or a tensor degree that divides the sequence",
+        )
+
+
+def _mesh_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
+    """A pipeline stage must be the same ranks for experts as for the rest."""
+    order = scenario.parallelism.rank_order
+    if sorted(order) != sorted(DEFAULT_RANK_ORDER):
+        return
+    strides = [np.ones(len(columns)), np.ones(len(columns))]
+    for index, mesh in enumerate((dense_mesh(order), expert_mesh(order))):
+        for name in mesh[: mesh.index("pipeline")]:
+            strides[index] = strides[index] * columns[MESH_COLUMN[name]]
+    yield Rule(
+        "pipeline_stages_differ",
+        "E-SCN-011",
+        "parallelism.rank_order",
+        (columns["stages"] > 1) & (strides[0] != strides[1]),
+        "in this rank_order a stage of tensor {tensor} x context {context} x data {data} ranks is not the same ranks as "
+        "one of expert_tensor {expert_tensor} x expert {expert} x expert_data {expert_data}",
+        "put pipeline last (or first) in rank_order",
+    )
+
+
 def _pipeline_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
     pipeline = scenario.parallelism.pipeline
     num_layers = len(layer_sequence(scenario.model).order)
@@ -215,7 +254,7 @@ def _pipeline_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
         "interleaving_not_divisible",
         "E-SCN-004",
         "parallelism.pipeline.schedule",
-        interleaved & ~_divides(columns["num_micro_batches"], columns["stages"]),
+        (columns["virtual_stages"] > 1) & ~_divides(columns["num_micro_batches"], columns["stages"]),
         "interleaving needs micro-batches ({num_micro_batches}) in multiples of the stages ({stages})",
         "change sequences_per_step or sequences_per_micro_batch",
     )
@@ -240,20 +279,28 @@ def _expert_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
         f"moe.intermediate_size {moe.intermediate_size} does not divide over expert_tensor " + "{expert_tensor}",
         f"choose expert_tensor as a divisor of {moe.intermediate_size}",
     )
-    if scenario.workload.kind != "decode":
-        tokens = columns["micro_batch"] * columns["target_length"] / (columns["context"] * columns["tensor"])
-        group = columns["group_tokens"]
-        safe = np.where(group == WHOLE_RANK_GROUP, 1.0, group)
-        yield Rule(
-            "group_not_divisible",
-            "E-SCN-004",
-            "model.moe.router.group_tokens",
-            (group != WHOLE_RANK_GROUP) & (group < tokens) & ~_divides(tokens, safe),
-            "routing groups of {group_tokens} tokens do not divide the tokens of a rank "
-            "({micro_batch} sequences of {target_length} over context {context} and tensor {tensor})",
-            "choose group_tokens as a divisor of the rank's tokens, or null for all of them",
-        )
+    for side in ("target", "source") if scenario.workload.kind != "decode" else ():
+        yield _group_rule(columns, side)
     yield from _fixed_expert_rules(scenario, columns)
+
+
+def _group_rule(columns: Columns, side: str) -> Rule:
+    """Routing groups must divide the tokens that a rank routes on one side of the model."""
+    tokens = columns["micro_batch"] * columns[f"{side}_length"] / (columns["context"] * columns["tensor"])
+    group = columns["group_tokens"]
+    safe = np.where(group == WHOLE_RANK_GROUP, 1.0, group)
+    return Rule(
+        f"{side}_group_not_divisible",
+        "E-SCN-004",
+        "model.moe.router.group_tokens",
+        (group != WHOLE_RANK_GROUP) & (group < tokens) & ~_divides(tokens, safe),
+        "routing groups of {group_tokens} tokens do not divide the "
+        + f"{side} tokens of a rank "
+        + "({micro_batch} sequences of {"
+        + f"{side}_length"
+        + "} over context {context} and tensor {tensor})",
+        "choose group_tokens as a divisor of the rank's tokens, or null for all of them",
+    )
 
 
 def _fixed_expert_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from moesim.structure.lowering import (
     LoweringContext,
     collective,
     feed_forward,
+    gemm,
     linear,
     token_columns,
     traffic,
@@ -177,6 +178,12 @@ def _einsum_dispatch(context: LoweringContext, moe: MixtureOfExperts, routed: Ro
         passes=(4, 2),
         kernels=(4, 2),
     )
+    shape = (cells, hidden, routed.group_tokens)
+    second = gemm(context, "activation_gradient", shape, groups=routed.groups)
+    combine = [
+        replace(row, phase="activation_gradient", work=second) if row.phase == "weight_gradient" else row
+        for row in combine
+    ]
     return [row for row in dispatch if row.phase != "weight_gradient"] + combine + masks
 
 

@@ -263,7 +263,7 @@ def working_bytes(
             buffers = np.maximum(buffers, has_kind * dispatch_buffer_bytes(context, kind, load_factor))
     buffers = buffers + _gathered_parameters(context, sequence, parameters)
     if not context.is_training:
-        buffers = buffers + _cache_bytes(context, counts)
+        buffers = buffers + _cache_bytes(context, sequence, counts)
     return WorkingBytes(activations, buffers)
 
 
@@ -301,15 +301,17 @@ def _gathered_parameters(context: LoweringContext, sequence: LayerSequence, para
     return (columns["zero_stage"] >= 3) * largest * (2 * width)
 
 
-def _cache_bytes(context: LoweringContext, counts: FloatArray) -> FloatArray:
-    """Key-value cache of all sequences of the step on this device, every layer of the stage."""
+def _cache_bytes(context: LoweringContext, sequence: LayerSequence, counts: FloatArray) -> FloatArray:
+    """Key-value cache of all sequences of a step on this device: decoder layers, target and (crossed) source."""
     columns, attention = context.columns, context.model.attention
     sequences = columns["micro_batch"] * columns["num_micro_batches"]
-    length = columns["target_length"] / columns["context"]
+    crossed = float(any(kind.has_cross_attention for kind in sequence.kinds))
+    length = (columns["target_length"] + crossed * columns["source_length"]) / columns["context"]
+    layers = sum(counts[index] for index, kind in enumerate(sequence.kinds) if kind.side == "decoder")
     if isinstance(attention, LatentAttention):
         width: FloatArray = columns["tensor"] * 0 + attention.kv_rank + attention.rope_head_size
     else:
         kv_heads = attention.heads if isinstance(attention, MultiHeadAttention) else attention.kv_heads
         width = np.maximum(kv_heads / columns["tensor"], 1.0) * (2 * attention.head_size)
     per_layer = sequences * length * width * context.activation_bytes
-    return np.asarray(counts.sum(axis=0)[:, None] * per_layer)
+    return np.asarray(np.asarray(layers)[:, None] * per_layer)

@@ -63,7 +63,7 @@ def stage_order(schedule: str, stage: int, stages: int, virtual_stages: int, mic
         forwards = [(FORWARD, index, 0) for index in range(micro_batches)]
         return forwards + [(BACKWARD, index, 0) for index in range(micro_batches)]
     total = micro_batches * virtual_stages
-    if schedule == "one_f_one_b":
+    if schedule == "one_f_one_b" or (schedule == "interleaved_one_f_one_b" and virtual_stages == 1):
         warm_up = min(stages - stage - 1, total)
     elif schedule == "interleaved_one_f_one_b":
         warm_up = min(2 * (stages - stage - 1) + (virtual_stages - 1) * stages, total)
@@ -98,7 +98,7 @@ def build_program(schedule: str, stages: int, virtual_stages: int, micro_batches
         If the schedule cannot run: some node waits for ever (deadlock), or interleaving with micro-batches that are no
         multiple of the stages.
     """
-    if schedule == "interleaved_one_f_one_b" and micro_batches % stages:
+    if virtual_stages > 1 and micro_batches % stages:
         raise ValueError(f"interleaving needs micro-batches ({micro_batches}) in multiples of the stages ({stages})")
     chunks = stages * virtual_stages
     per_phase = chunks * micro_batches

@@ -100,6 +100,8 @@ def _degrees(dice: random.Random, devices: int, kind: str) -> tuple[Fields, tupl
     order = ["tensor", "context", "expert", "data", "pipeline"]
     if dice.random() < 0.2:
         dice.shuffle(order)
+        order.remove("pipeline")  # in between, a stage need not be the same ranks in both meshes
+        order.insert(dice.choice([0, len(order)]), "pipeline")
     fields = {
         "data": "auto" if dice.random() < 0.3 else per_stage // tensor // context,
         "tensor": tensor,

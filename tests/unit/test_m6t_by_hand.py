@@ -56,7 +56,7 @@ def state_bytes(estimate: StepEstimate) -> int:
 
 def test_parameters(answer: Callable[..., StepEstimate]) -> None:
     found = answer().parameters
-    assert EXPERT_PARAMETERS == pytest.approx(1002.6e9, rel=1e-4)
+    assert pytest.approx(1002.6e9, rel=1e-4) == EXPERT_PARAMETERS
     assert found.expert == EXPERT_PARAMETERS
     assert found.total == EXPERT_PARAMETERS + DENSE_PARAMETERS
     assert found.active == EXPERT_PARAMETERS // EXPERTS + DENSE_PARAMETERS
@@ -65,10 +65,12 @@ def test_parameters(answer: Callable[..., StepEstimate]) -> None:
 
 def test_the_sums_of_the_hand_calculation() -> None:
     """fp32 Adam: 16 bytes per parameter. Experts alone would just fit; with the rest they do not."""
-    assert 16 * HELD_EXPERTS / GIB == pytest.approx(31.12, abs=0.005)
-    assert 16 * (HELD_EXPERTS + HELD_DENSE) / GIB == pytest.approx(33.7, abs=0.05)
-    assert 16 * HELD_EXPERTS / GIB < 31.7 < 16 * (HELD_EXPERTS + HELD_DENSE) / GIB
-    assert 8 * (HELD_EXPERTS + HELD_DENSE) / GIB == pytest.approx(16.9, abs=0.05)
+    experts_alone, with_the_rest = 16 * HELD_EXPERTS / GIB, 16 * (HELD_EXPERTS + HELD_DENSE) / GIB
+    assert experts_alone == pytest.approx(31.12, abs=0.005)
+    assert with_the_rest == pytest.approx(33.7, abs=0.05)
+    assert experts_alone < 31.7 < with_the_rest
+    weights_and_gradients = 8 * (HELD_EXPERTS + HELD_DENSE) / GIB
+    assert weights_and_gradients == pytest.approx(16.9, abs=0.05)
 
 
 def test_fp32_adam_does_not_fit(answer: Callable[..., StepEstimate]) -> None:

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from moesim.estimation.estimate import estimate_loaded
@@ -161,7 +162,7 @@ def test_weights_of_all_devices_add_up_to_the_model(shipped: Shipped) -> None:
 
 
 def test_a_dense_layer_keeps_what_korthikanti_et_al_count(shipped: Shipped) -> None:
-    """s b h (34 + 5 a s / h) bytes (arXiv:2205.05198, equation 1): 16-bit, materialised scores, dropout masks.
+    """Bytes s b h (34 + 5 a s / h) (arXiv:2205.05198, equation 1): 16-bit, materialised scores, dropout masks.
 
     It holds exactly where the stack is unfused, d_ff = 4 h and heads x head size = h.
     """
@@ -178,8 +179,28 @@ def test_a_dense_layer_keeps_what_korthikanti_et_al_count(shipped: Shipped) -> N
         assert activations_of(loaded, DECODER_DENSE) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_moe_layer_with_one_hot_masks_by_hand(shipped: Shipped) -> None:
+    """M6-T 1T: attention 13 s b h + 5 a s^2 b; router in fp32 twice; 1,920 expert rows; two masks of T x E x C."""
+    tokens, hidden, rows = 1024, 1024, 1920
+    attention = 13 * tokens * hidden + 5 * 16 * tokens * tokens
+    router, masks = tokens * 960 * 2 * 4, tokens * 960 * 2 * 2 * 2
+    experts = rows * (2 * hidden + 2 * 2 * 21248 + 2 * hidden)
+    expected = attention + 5 * tokens * hidden + router + masks + experts
+    assert activations_of(shipped(M6T), DECODER_MOE) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_moe_layer_of_a_fused_flash_permute_stack_by_hand(shipped: Shipped) -> None:
+    """Mixtral 8x7B: no dropout mask, no scores but one fp32 sum per row and head, three inner tensors per expert."""
+    tokens, hidden, rows = 4096, 4096, 8192
+    attention = tokens * (4 * hidden + 2 * (4096 + 2 * 1024) + 2 * 4096 + 4 * 32)
+    router = tokens * 8 * 2 * 4
+    experts = rows * (2 * hidden + 3 * 2 * 14336 + 2 * hidden)
+    expected = attention + 4 * tokens * hidden + router + experts
+    assert activations_of(shipped(MIXTRAL), DECODER_MOE) == pytest.approx(expected, rel=1e-12)
+
+
 def test_tensor_parallelism_divides_what_korthikanti_et_al_say_it_divides(shipped: Shipped) -> None:
-    """s b h (10 + 24/t + 5 a s / (h t)) without, s b h (34 + 5 a s / h) / t with sequence parallelism."""
+    """Bytes s b h (10 + 24/t + 5 a s / (h t)) without, s b h (34 + 5 a s / h) / t with sequence parallelism."""
     base = ("model.layers=[{count: 24, ffn: dense}]", "model.moe=null", "parallelism.expert=1")
     degrees = ("parallelism.tensor=4", "parallelism.data=120")
     size, ratio = 1024 * 1024, 5 * 16 * 1024 / 1024
@@ -277,7 +298,7 @@ def test_zero_three_holds_two_gathered_layers(shipped: Shipped) -> None:
     assert three - two == pytest.approx(2 * 2 * layer, rel=1e-12)
 
 
-def cache_growth(shipped: Shipped, name: str, length: int, *assignments: str) -> np.ndarray:  # type: ignore[type-arg]
+def cache_growth(shipped: Shipped, name: str, length: int, *assignments: str) -> npt.NDArray[np.float64]:
     """What ``length`` more cached tokens per sequence cost on each stage, bytes."""
     base = shipped(name, "workload.kind=decode", *assignments)
     longer = base.scenario.workload.sequence_length

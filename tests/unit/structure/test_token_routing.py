@@ -1,5 +1,7 @@
 """Properties that the contract pins for every preset; statistical ones state their standard errors."""
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -96,7 +98,7 @@ def test_w2_keeps_the_same_rank_hot() -> None:
 
 def test_w6_moves_the_hot_rank_by_one_each_step() -> None:
     hot = [int(drawn("W6", step=step).sum(axis=0).reshape(RANKS, -1).sum(axis=1).argmax()) for step in range(2 * RANKS)]
-    assert [(later - earlier) % RANKS for earlier, later in zip(hot, hot[1:], strict=False)] == [1] * (2 * RANKS - 1)
+    assert [(later - earlier) % RANKS for earlier, later in pairwise(hot)] == [1] * (2 * RANKS - 1)
 
 
 def test_w3_shares_have_the_second_moment_of_a_flat_dirichlet() -> None:
