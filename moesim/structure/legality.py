@@ -211,8 +211,8 @@ def _mesh_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
         "E-SCN-011",
         "parallelism.rank_order",
         (columns["stages"] > 1) & (strides[0] != strides[1]),
-        "in this rank_order a stage of tensor {tensor} x context {context} x data {data} ranks is not the same ranks as "
-        "one of expert_tensor {expert_tensor} x expert {expert} x expert_data {expert_data}",
+        "in this rank_order a stage of tensor {tensor} x context {context} x data {data} ranks is not the same ranks "
+        "as one of expert_tensor {expert_tensor} x expert {expert} x expert_data {expert_data}",
         "put pipeline last (or first) in rank_order",
     )
 

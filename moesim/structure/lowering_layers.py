@@ -106,6 +106,8 @@ def _core(
     is_flash = context.stack.attention_kernel == "flash"
     backward = FLASH_BACKWARD_MATMULS_OVER_FORWARD if is_flash else MATERIALISED_BACKWARD_MATMULS_OVER_FORWARD
     width = (query + attention_output_width(context.model)) / attention.heads
+    if isinstance(attention, LatentAttention) and context.scenario.workload.kind == "decode":
+        width = 2.0 * attention.kv_rank + attention.rope_head_size  # absorbed: scores and sum over the cached latents
     reads = _key_reads(context, key_length, key + value)
     io_elements = (tokens * (query + attention_output_width(context.model)) + reads) / tensor
     phases: list[Phase] = ["forward", "activation_gradient"] if context.is_training else ["forward"]

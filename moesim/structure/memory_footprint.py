@@ -56,12 +56,15 @@ class StageParameters:
 
 
 def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePlan) -> StageParameters:
-    """Sum matrices over the layers of each stage; a tied head on another stage than the embedding is a copy."""
+    """Sum matrices over the layers of each stage.
+
+    A tied head, or token prediction, on another stage than the embedding has a copy of it.
+    """
     model = scenario.model
     layers = [sharded_sizes(layer_matrices(model, kind)) for kind in sequence.kinds]
     counts = plan.stage_counts()
     first, last = embedding_matrices(model), head_matrices(model)
-    if model.tied_embeddings and plan.stages > 1:
+    if (model.tied_embeddings or model.mtp_layers) and plan.stages > 1:
         last = last + embedding_matrices(model)
     last = last + mtp_matrices(model, mtp_layer_kind(sequence)) * model.mtp_layers
     ends = {0: [sharded_sizes(first)], plan.stages - 1: [sharded_sizes(last)]}
@@ -284,6 +287,8 @@ def _training_activations(
     largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
     activations = activations + (recompute == RECOMPUTE_CODES["full"]) * largest
     logits = context.tokens("decoder") * np.ceil(model.vocab_size / columns["tensor"]) * (2 * 4.0)
+    if schedule == "gpipe":  # every micro-batch's loss waits for its backward pass
+        logits = logits * in_flight[-1]
     last = sequence.kinds.index(mtp_layer_kind(sequence))
     activations[-1] += logits * (1 + model.mtp_layers) + kept[last] * model.mtp_layers
     return np.asarray(activations, dtype=np.float64)

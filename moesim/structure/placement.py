@@ -82,7 +82,8 @@ def group_extents(group: ProcessGroup, level_sizes: Sequence[int]) -> FloatArray
     Returns
     -------
     ndarray of shape (n_levels, n_cases)
-        Extents, >= 1; their product is the group's size (the last level takes what is left).
+        Extents, >= 1; their product is the group's size where strides divide the levels, else it is rounded up (the
+        last level takes what is left).
 
     Examples
     --------

@@ -39,7 +39,7 @@ def draw(
     tokens_per_rank, num_experts, experts_per_token, num_ranks : int
         Mean tokens of a rank, experts of the layer (a multiple of the ranks), choices per token, expert-parallel ranks.
     step, layer, seed : int
-        The generator is ``default_rng([seed, step, layer])``.
+        The generator is ``default_rng([seed, step, layer])``; whether a step bursts, ``default_rng([seed, step])``.
 
     Returns
     -------
@@ -60,7 +60,8 @@ def draw(
         raise ValueError(f"{num_experts} experts do not divide over {num_ranks} ranks")
     generator = np.random.default_rng([seed, step, layer])
     if preset == "W7":
-        preset = "W1" if generator.random() < BURST_PROBABILITY else "W0"
+        burst = np.random.default_rng([seed, step]).random() < BURST_PROBABILITY  # of the step, not of each layer
+        preset = "W1" if burst else "W0"
     sources = np.full(num_ranks, tokens_per_rank, dtype=np.int64)
     if preset == "W4":
         ragged = generator.uniform(0.5, 1.5, num_ranks)
