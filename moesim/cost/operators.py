@@ -38,8 +38,6 @@ class Hardware:
 
     device: DeviceRates
     fabric: FabricRates
-    kernel_launch_s: float
-    uses_cuda_graphs: bool
 
 
 def price(operation: Operation, hardware: Hardware) -> OperationCost:

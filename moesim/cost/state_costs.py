@@ -13,7 +13,7 @@ from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.lowering import LoweringContext
-from moesim.structure.memory_footprint import StageParameters, local_parameters
+from moesim.structure.memory_footprint import StageParameters, local_parameters, unfactored_moments
 from moesim.structure.placement import ProcessGroup, gradient_group, group_columns, process_group
 from moesim.structure.step_graph import Collective, CollectiveKind
 
@@ -109,8 +109,7 @@ def _optimizer(
     if optimizer.offload == "optimizer":
         seconds = local * max(gradient, stored) / device.host_link_bandwidth.value
         return seconds, seconds
-    moments = {"adam": 2, "adafactor": int(optimizer.momentum), "sgd": int(optimizer.momentum)}[optimizer.kind]
-    state = 2.0 * moments * PRECISION_BYTES[optimizer.state]
+    state = 2.0 * unfactored_moments(optimizer) * PRECISION_BYTES[optimizer.state]
     master = 2.0 * PRECISION_BYTES[precision.master]
     extra_reads = gradient if optimizer.kind == "adafactor" else 0.0
     num_bytes = local * (gradient + extra_reads + stored + master + state)

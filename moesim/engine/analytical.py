@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.cost.layer_times import COMMUNICATION_STREAMS
 from moesim.cost.operators import Hardware
 from moesim.cost.state_costs import StateCosts, hop_time, state_cost_columns, state_costs
 from moesim.describe.hardware import Cluster, Device, Stack
@@ -353,33 +352,6 @@ def _step_end(
 
 
 @dataclass(frozen=True)
-class StepEnd:
-    """What one stage of one row does after its last backward: seconds.
-
-    The reduction hides only under the last micro-batch's backward, the gather of updated parameters under the first
-    forward of the next step.
-    """
-
-    exposed_s: float
-    hidden_s: float
-    optimizer_s: float
-
-
-def step_end(evaluation: PlanEvaluation, row: int, stage: int) -> StepEnd:
-    """End of a step on one stage of one row: the terms that ``_step_end`` sums for all stages and rows."""
-    times, costs = evaluation.times, evaluation.costs
-    if costs is None:
-        return StepEnd(0.0, 0.0, 0.0)
-    chunks, pass_case = slice(stage, None, evaluation.plan.stages), int(evaluation.pass_case[row])
-    at = (stage, int(evaluation.state_case[row]))
-    reduction, gather = float(costs.reduction_s[at]), float(costs.update_gather_s[at])
-    eta = evaluation.data_parallel_overlap
-    hidden = min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()))
-    hidden += min(gather * eta, float(times.forward_s[chunks, pass_case].sum()))
-    return StepEnd(reduction + gather - hidden, hidden, float(costs.optimizer_s[at]))
-
-
-@dataclass(frozen=True)
 class MemoryBalance:
     """Bytes at the fullest stage of each row: the peak, that stage, and the cases behind the categories."""
 
@@ -435,43 +407,7 @@ def _memory(
     )
 
 
-def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[str, dict[str, float]]:
-    """Exposed and hidden seconds by category for one row of an evaluation; exposed parts sum to the step time.
-
-    Parts are those of the critical stage, times its micro-batches, and what it does after them; all else is waiting:
-    transfer (at most one round trip through the stages) and bubble.
-    """
-    plan, layers, times = evaluation.plan, evaluation.layers, evaluation.times
-    case, pass_case = int(evaluation.layer_case[row]), int(evaluation.pass_case[row])
-    stage = int(evaluation.critical_stage[pass_case])
-    micro_batches = float(columns["num_micro_batches"][row])
-    exposed: dict[str, float] = {}
-    hidden: dict[str, float] = {}
-    blocks = [(block, float(plan.stage_counts()[index, stage])) for index, block in enumerate(layers.layers)]
-    blocks += [(layers.first, float(stage == 0)), (layers.last, float(stage == plan.stages - 1))]
-    for block, count in blocks:
-        for phase in PHASES:
-            for totals, parts in ((exposed, block.phase(phase).exposed_s), (hidden, block.phase(phase).hidden_s)):
-                for key, values in parts.items():
-                    seconds = float(np.broadcast_to(values, layers.rows.shape)[case])
-                    totals[key] = totals.get(key, 0.0) + micro_batches * count * seconds
-    chunks, end = slice(stage, None, plan.stages), step_end(evaluation, row, stage)
-    exposed["host"] = micro_batches * float(times.chunk.host_s[chunks, times.chunk_case[pass_case]].sum())
-    exposed["data_parallel"] = end.exposed_s + micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
-    hidden["data_parallel"] = end.hidden_s + micro_batches * float(times.zero_hidden_s[chunks, pass_case].sum())
-    exposed["optimizer"] = end.optimizer_s
-    waiting = max(float(evaluation.step_time_s[row]) - sum(exposed.values()), 0.0)
-    trips = 2.0 * (plan.stages * plan.virtual_stages - 1)
-    transfer = min(trips * float(times.exposed_hop_s[pass_case]), waiting)
-    exposed["pipeline_p2p"], exposed["pipeline_bubble"] = transfer, waiting - transfer
-    hidden["pipeline_p2p"] = trips * float(times.hop_s[pass_case] - times.exposed_hop_s[pass_case])
-    return {"exposed": exposed, "hidden": hidden}
-
-
 def model_flops(system: System, columns: Columns) -> FloatArray:
     """Model FLOPs of a step over all devices, priced per distinct sequence length; shape (n_rows,)."""
     cases = columns.distinct(("source_length", "target_length", "step_sequences"))
     return model_flops_per_step(system.scenario, columns.take(cases.rows))[cases.inverse]
-
-
-__all__ = ["COMMUNICATION_STREAMS", "PlanEvaluation", "System", "breakdown", "evaluate", "model_flops"]

@@ -12,7 +12,8 @@ from moesim.describe.documents import Document
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
-from moesim.engine.analytical import PlanEvaluation, System, breakdown, evaluate, model_flops, stage_seconds
+from moesim.engine.analytical import PlanEvaluation, System, evaluate, model_flops, stage_seconds
+from moesim.engine.breakdowns import breakdown
 from moesim.estimation.advice import find_bottleneck, routing_group_tokens, warnings_of
 from moesim.estimation.loading import LoadedScenario, load, load_document, routed_shares
 from moesim.estimation.provenance import sourced_figures

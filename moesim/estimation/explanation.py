@@ -10,7 +10,8 @@ import numpy as np
 
 from moesim.cost.explanations import explain_operation
 from moesim.cost.operators import price
-from moesim.engine.analytical import PlanEvaluation, evaluate, stage_seconds, step_end
+from moesim.engine.analytical import PlanEvaluation, evaluate, stage_seconds
+from moesim.engine.breakdowns import step_end
 from moesim.estimation.loading import LoadedScenario
 from moesim.structure.layers import layer_sequence
 from moesim.structure.lowering import LoweringContext

@@ -129,8 +129,6 @@ def build_system(scenario: Scenario, device: Device, cluster: Cluster, stack: St
     hardware = Hardware(
         device=device_rates(device, stack),
         fabric=fabric_rates(cluster, device, stack),
-        kernel_launch_s=stack.launch.kernel_launch_time.value,
-        uses_cuda_graphs=stack.launch.uses_cuda_graphs,
     )
     return System(scenario, device, cluster, stack, hardware, LoadFactors(scenario))
 

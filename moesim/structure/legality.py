@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ from moesim.structure.placement import MESH_COLUMN, dense_mesh, expert_mesh
 MAX_MICRO_BATCHES = 10_000_000
 
 BoolArray = npt.NDArray[np.bool_]
-Row = Callable[[str], int]
 
 
 @dataclass(frozen=True)

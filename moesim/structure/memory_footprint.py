@@ -11,7 +11,7 @@ import numpy as np
 
 from moesim.describe.model import LatentAttention, MultiHeadAttention
 from moesim.describe.quantities import PRECISION_BYTES
-from moesim.describe.scenario import Scenario
+from moesim.describe.scenario import Optimizer, Scenario
 from moesim.structure.columns import RECOMPUTE_CODES, FloatArray
 from moesim.structure.layers import LayerKind, LayerSequence, StagePlan
 from moesim.structure.lowering import LoweringContext
@@ -30,7 +30,6 @@ from moesim.structure.parameters import (
 )
 from moesim.structure.pipeline_schedules import micro_batches_in_flight
 
-STATE_COLUMNS: tuple[str, ...] = ("data", "context", "tensor", "expert", "expert_tensor", "expert_data", "zero_stage")
 CATEGORIES: tuple[str, ...] = ("weights", "gradients", "optimizer", "activations", "buffers", "other")
 
 
@@ -92,10 +91,14 @@ def local_parameters(context: LoweringContext, stages: StageParameters) -> tuple
 
 def optimizer_bytes_per_parameter(scenario: Scenario) -> float:
     """Bytes of master copy and unfactored moments per parameter."""
-    precision, optimizer = scenario.precision, scenario.optimizer
+    precision = scenario.precision
     master = 0.0 if precision.master == precision.parameters else PRECISION_BYTES[precision.master]
-    moments = {"adam": 2, "adafactor": int(optimizer.momentum), "sgd": int(optimizer.momentum)}[optimizer.kind]
-    return master + moments * PRECISION_BYTES[optimizer.state]
+    return master + unfactored_moments(scenario.optimizer) * PRECISION_BYTES[scenario.optimizer.state]
+
+
+def unfactored_moments(optimizer: Optimizer) -> int:
+    """Moments with one number per parameter: two of Adam; of Adafactor and SGD only a momentum."""
+    return 2 if optimizer.kind == "adam" else int(optimizer.momentum)
 
 
 def state_bytes(context: LoweringContext, stages: StageParameters) -> StateBytes:

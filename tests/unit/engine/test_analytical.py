@@ -16,7 +16,8 @@ from moesim.describe.quantities import (
     FlopRateFigure,
     FrequencyFigure,
 )
-from moesim.engine.analytical import System, breakdown, evaluate
+from moesim.engine.analytical import System, evaluate
+from moesim.engine.breakdowns import breakdown
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario, build_system
 from moesim.estimation.step_estimate import StepEstimate
