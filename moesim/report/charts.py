@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from plotly import graph_objects as go
 
 from moesim.estimation.estimate import estimate_loaded
@@ -13,9 +14,12 @@ from moesim.estimation.step_estimate import StepEstimate
 from moesim.report.figures import breakdown_figure, memory_figure, scaling_figure
 from moesim.report.numbers import memory_scale, percent, significant, time_scale
 from moesim.report.pages import Fact, Note, write_chart
-from moesim.report.scaling_figures import legal_devices
+from moesim.report.scaling_figures import has_point_that_does_not_fit, legal_devices
 from moesim.report.styles import STEP_CATEGORIES
+from moesim.structure.columns import IntArray
 from moesim.study.scaling import Scaling, scaling_from
+
+MAX_LISTED = 7
 
 
 def write_breakdown_chart(loaded: LoadedScenario, path: str | Path) -> None:
@@ -107,12 +111,33 @@ def _bottleneck(estimate: StepEstimate) -> Note:
 
 def _scaling_remarks(scaling: Scaling) -> list[tuple[str, str]]:
     remarks = [
-        "Tensor, context, pipeline and expert degrees are kept; the data degree follows the number of devices. "
-        f"The dashed lines start at the scenario's own {scaling.base.num_devices:,} devices, printed bold."
+        "Tensor, context, pipeline and expert-tensor degrees are kept; the data degree follows the number of devices. "
+        "The expert degree is kept too, until a stage has too few devices for it; then it shrinks with them.",
+        f"The dashed lines start at the scenario's own {scaling.base.num_devices:,} devices, printed bold.",
     ]
+    if has_point_that_does_not_fit(scaling):
+        remarks.append("Hollow points do not fit in memory; their times are those of devices with enough of it.")
     if len(legal_devices(scaling)) == 1:
         remarks.append("No other number of devices is legal with these degrees on this cluster, so there is no curve.")
-    return [("", remark) for remark in remarks]
+    first, *others = [("", remark) for remark in remarks]
+    return [first, *_smaller_expert_degrees(scaling), *others]
+
+
+def _smaller_expert_degrees(scaling: Scaling) -> list[tuple[str, str]]:
+    """Legal numbers of devices whose expert degree is not the scenario's, in one entry, or none."""
+    curve = scaling.weak  # degrees are the same for both
+    own = int(curve.expert_degrees[curve.devices == scaling.base.num_devices][0])
+    differs = np.isin(curve.devices, legal_devices(scaling)) & (curve.expert_degrees != own)
+    if not differs.any():
+        return []
+    degrees = _listed(curve.expert_degrees[differs])
+    return [(f"{_listed(curve.devices[differs])} devices", f"expert degree {degrees} instead of {own}")]
+
+
+def _listed(doubling: IntArray) -> str:
+    """Numbers of which each is twice the one before; the middle of a long list goes without saying."""
+    numbers = [str(number) for number in doubling]
+    return ", ".join(numbers if len(numbers) <= MAX_LISTED else [*numbers[:3], "…", numbers[-1]])
 
 
 def _illegal_points(scaling: Scaling) -> list[tuple[str, str]]:

@@ -32,6 +32,10 @@ MIN_VALUE_RATIO = 4.0
 PADDING_RATIO = 1.35
 TICK_DIGITS = ((1, 10), (1, 2, 5, 10), (1, 1.5, 2, 3, 4, 5, 6, 8, 10))
 MIN_TICKS, MAX_TICKS = 3, 8
+ABBREVIATED_FROM = 1e5
+LINE_WIDTH = 2.5
+IDEAL_LINE = {"color": MUTED, "width": 1.5, "dash": "dash"}
+HOLLOW = "white"  # the ground of a panel: filled, so that no line shows through as it does through an "-open" symbol
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,9 @@ def scaling_figure(scaling: Scaling) -> go.Figure:
         for curve in scaling.curves:
             _draw_curve(figure, scaling, curve, panel, unit, number)
         _set_axes(figure, scaling, panel, number)
+    _draw_legend(figure, scaling)
     for number, panel in enumerate(panels, start=1):
         add_panel_title(figure, panel.title, axis=_axis(number))
-    if any(point.verdict == "does_not_fit" for curve in scaling.curves for point in curve.points):
-        marker = {"symbol": "circle-open", "size": 11, "color": MUTED, "line": {"width": 2.5}}
-        name = "Hollow: does not fit in memory"
-        figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, row=1, col=1)
     return figure
 
 
@@ -118,17 +119,37 @@ def legal_rows(curve: ScalingCurve) -> list[int]:
     return [row for row, point in enumerate(curve.points) if point.verdict != "illegal"]
 
 
+def has_point_that_does_not_fit(scaling: Scaling) -> bool:
+    """Whether some point has numbers and no room in memory."""
+    return any(point.verdict == "does_not_fit" for curve in scaling.curves for point in curve.points)
+
+
+def _draw_legend(figure: go.Figure, scaling: Scaling) -> None:
+    """Write the legend with traces of its own: plotly would draw a curve's as its first point, often a hollow one."""
+    for curve in scaling.curves:
+        style = STYLES[curve.mode]
+        marker = {"symbol": style.symbol, "size": style.size, "color": style.colour}
+        line = {"color": style.colour, "width": LINE_WIDTH}
+        _draw_entry(figure, name=style.name, mode="lines+markers", marker=marker, line=line)
+    if has_point_that_does_not_fit(scaling):
+        marker = {"symbol": "circle", "size": 11, "color": HOLLOW, "line": {"width": LINE_WIDTH, "color": MUTED}}
+        _draw_entry(figure, name="Hollow: does not fit in memory", mode="markers", marker=marker)
+    _draw_entry(figure, name="Perfect scaling", mode="lines", line=IDEAL_LINE)
+
+
+def _draw_entry(figure: go.Figure, **settings: object) -> None:
+    figure.add_scatter(x=[None], y=[None], showlegend=True, row=1, col=1, **settings)
+
+
 def _draw_ideal(figure: go.Figure, curve: ScalingCurve, panel: Panel, number: int) -> None:
     rows = legal_rows(curve)
     figure.add_scatter(
         x=[int(curve.devices[row]) for row in rows],
         y=[float(getattr(curve, panel.ideal_field)[row]) / panel.unit_size for row in rows],
         mode="lines",
-        line={"color": MUTED, "width": 1.5, "dash": "dash"},
+        line=IDEAL_LINE,
         hoverinfo="skip",
-        name="Perfect scaling",
-        legendrank=2000,
-        showlegend=number == 1 and curve.mode == "weak",
+        showlegend=False,
         meta=f"ideal {curve.mode} {panel.field}",
         row=1,
         col=number,
@@ -140,23 +161,20 @@ def _draw_curve(
 ) -> None:
     style = STYLES[curve.mode]
     rows = legal_rows(curve)
-    symbols = [style.symbol + ("" if curve.points[row].verdict == "ok" else "-open") for row in rows]
     figure.add_scatter(
         x=[int(curve.devices[row]) for row in rows],
         y=[float(getattr(curve, panel.field)[row]) / panel.unit_size for row in rows],
         mode="lines+markers",
-        line={"color": style.colour, "width": 2.5},
+        line={"color": style.colour, "width": LINE_WIDTH},
         marker={
-            "symbol": symbols,
+            "symbol": style.symbol,
             "size": style.size,
-            "color": style.colour,
-            "line": {"width": 2.5, "color": style.colour},
+            "color": [style.colour if curve.points[row].verdict == "ok" else HOLLOW for row in rows],
+            "line": {"width": LINE_WIDTH, "color": style.colour},
         },
         customdata=[_hover(scaling, curve, row, unit) for row in rows],
         hovertemplate="%{customdata}<extra></extra>",
-        name=style.name,
-        legendgroup=curve.mode,
-        showlegend=number == 1,
+        showlegend=False,
         meta=f"{curve.mode} {panel.field}",
         row=1,
         col=number,
@@ -174,6 +192,8 @@ def _hover(scaling: Scaling, curve: ScalingCurve, row: int, unit: Scale) -> str:
     ]
     if scaling.base.cost.usd_per_billion_tokens is not None:
         lines.append(f"{curve.usd_per_billion_tokens[row]:,.2f} USD per billion tokens")
+    if curve.expert_degrees.max() > 1:
+        lines.append(f"expert degree {curve.expert_degrees[row]}")
     if curve.points[row].reason:
         lines.append(f"<b>does not fit:</b> {curve.points[row].reason}")
     return "<br>".join(lines)
@@ -201,7 +221,7 @@ def _set_axes(figure: go.Figure, scaling: Scaling, panel: Panel, number: int) ->
         type="log",
         range=[math.log10(low), math.log10(high)],
         tickvals=ticks,
-        ticktext=[_tick_text(tick) for tick in ticks],
+        ticktext=tick_texts(ticks),
         tickfont={"size": SMALL_FONT_SIZE},
         **line,
         row=1,
@@ -255,11 +275,17 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks[::every]
 
 
-def _tick_text(value: float) -> str:
-    for size, symbol in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (1e3 if symbol == 'k' else size):g}{symbol}"
-    return f"{value:,g}"
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Texts of ascending ticks: thousands in one way all along an axis, abbreviated if it reaches 100,000.
+
+    Examples
+    --------
+    >>> tick_texts([500.0, 1000.0, 2000.0]), tick_texts([500.0, 1000.0, 2e6])
+    (['500', '1,000', '2,000'], ['500', '1k', '2M'])
+    """
+    sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if ticks[-1] >= ABBREVIATED_FROM else ()
+    units = [next(((size, symbol) for size, symbol in sizes if tick >= size), (1.0, "")) for tick in ticks]
+    return [f"{tick / size:,g}{symbol}" for tick, (size, symbol) in zip(ticks, units, strict=True)]
 
 
 def _draw_missing_price(figure: go.Figure, scaling: Scaling, number: int) -> None:

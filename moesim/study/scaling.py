@@ -1,17 +1,20 @@
 """Step time, throughput and cost of one scenario against the number of devices: weak and strong scaling.
 
-Devices are the scenario's times powers of two. Tensor, context, pipeline and expert degrees are kept, the data degree
-follows. Weak scaling keeps the sequences per device, strong scaling the sequences per step.
+Devices are the scenario's times powers of two. Tensor, context, pipeline and expert-tensor degrees are kept, the data
+degree follows. The expert degree is kept too, until a stage has too few devices for it; then it shrinks with them. Weak
+scaling keeps the sequences per device, strong scaling the sequences per step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from moesim.describe.scenario import Scenario
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario
 from moesim.estimation.step_estimate import StepEstimate
@@ -45,6 +48,9 @@ class ScalingCurve:
         ``weak`` or ``strong``.
     devices : ndarray of int
         Devices of each point.
+    expert_degrees : ndarray of int
+        Expert degree of each point, the same for both ways of scaling; the scenario's own where the devices do not
+        divide into its stages, which is illegal.
     points : tuple of PointVerdict
         What is wrong with each point, if anything.
     step_time_s, lower_s, upper_s, tokens_per_s, usd_per_billion_tokens, memory_peak_bytes : ndarray
@@ -55,6 +61,7 @@ class ScalingCurve:
 
     mode: Mode
     devices: IntArray
+    expert_degrees: IntArray
     points: tuple[PointVerdict, ...]
     step_time_s: FloatArray
     lower_s: FloatArray
@@ -127,12 +134,14 @@ def device_counts(base_devices: int, cluster_devices: int) -> IntArray:
 
 def _curve(loaded: LoadedScenario, base: StepEstimate, mode: Mode, counts: IntArray) -> ScalingCurve:
     factor = counts / base.num_devices  # a power of two: exact
-    found = [_point(loaded, mode, int(count), base.num_devices) for count in counts]
+    scaled = [_scaled(loaded.scenario, mode, int(count), base.num_devices) for count in counts]
+    found = [_point(loaded, scenario) for scenario in scaled]
     estimates = [estimate for _, estimate in found]
     usd = base.cost.usd_per_billion_tokens
     return ScalingCurve(
         mode=mode,
         devices=counts,
+        expert_degrees=np.array([scenario.parallelism.expert for scenario in scaled], dtype=np.int64),
         points=tuple(point for point, _ in found),
         step_time_s=_measures(estimates, lambda answer: answer.step_time_s),
         lower_s=_measures(estimates, lambda answer: answer.lower_s),
@@ -152,20 +161,29 @@ def _measures(estimates: Sequence[StepEstimate | None], measure: Callable[[StepE
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def _point(
-    loaded: LoadedScenario, mode: Mode, devices: int, base_devices: int
-) -> tuple[PointVerdict, StepEstimate | None]:
-    """Verdict of one number of devices, and the estimate if it is legal."""
-    scenario = loaded.scenario
+def _scaled(scenario: Scenario, mode: Mode, devices: int, base_devices: int) -> Scenario:
+    """Scenario on another number of devices, legal or not."""
     # A multiple of the data degree, so whole wherever that is; where it is not, the degrees break their rule first.
     per_step: float = scenario.workload.sequences_per_step * (devices / base_devices if mode == "weak" else 1)
-    scaled = scenario.model_copy(
+    degrees = {"data": "auto", "expert": _expert_degree(scenario, devices)}
+    return scenario.model_copy(
         update={
             "devices": devices,
             "workload": scenario.workload.model_copy(update={"sequences_per_step": per_step}),
-            "parallelism": scenario.parallelism.model_copy(update={"data": "auto"}),
+            "parallelism": scenario.parallelism.model_copy(update=degrees),
         }
     )
+
+
+def _expert_degree(scenario: Scenario, devices: int) -> int:
+    """Expert degree on a number of devices: the scenario's own, or as much of it as the devices of a stage allow."""
+    parallelism = scenario.parallelism
+    ranks, rest = divmod(devices, parallelism.expert_tensor * parallelism.pipeline.stages)
+    return parallelism.expert if rest else math.gcd(parallelism.expert, ranks)
+
+
+def _point(loaded: LoadedScenario, scaled: Scenario) -> tuple[PointVerdict, StepEstimate | None]:
+    """Verdict of one number of devices, and the estimate if it is legal."""
     system = replace(loaded.system, scenario=scaled)
     columns = resolve_columns(group_columns_table(scaled, {}, 1))
     for rule in legality_rules(scaled, system.cluster, columns):

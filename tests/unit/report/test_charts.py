@@ -67,11 +67,29 @@ def test_header_and_notes_say_what_was_asked(write: Writer, loaded: LoadedScenar
         assert why in text
 
 
-def test_scaling_chart_lists_what_is_left_out(loaded: LoadedScenario, tmp_path: Path) -> None:
-    write_scaling_chart(loaded, tmp_path / "chart.html")
-    text = " ".join(Tags((tmp_path / "chart.html").read_text(encoding="utf-8")).text)
-    assert "15, 30, 60, 120, 240 devices, weak and strong" in text
-    assert "expert_tensor 1 x expert 480 x pipeline 1 does not divide devices 240" in text
+def scaling_text(folder: Path, name: str, *assignments: str) -> str:
+    path = folder / "chart.html"
+    write_scaling_chart(load(name, assignments=assignments, library=HardwareLibrary()), path)
+    return "".join(Tags(path.read_text(encoding="utf-8")).text)
+
+
+def test_scaling_chart_lists_what_is_left_out(tmp_path: Path) -> None:
+    text = scaling_text(tmp_path, "mixtral_8x7b")
+    reason = "2 devices do not divide into groups of tensor 1 x context 1 x pipeline 4"
+    assert f"1, 2 devices, weak and strong: {reason}" in text
+    assert "512, 1024 devices, strong: interleaving needs micro-batches (2) in multiples of the stages (4)" in text
+    assert "Left out" not in scaling_text(tmp_path, "m6t_1t_v100x480")
+
+
+def test_scaling_chart_lists_expert_degrees_that_differ(tmp_path: Path) -> None:
+    text = scaling_text(tmp_path, "mixtral_8x7b")
+    assert "4, 8, 16 devices: expert degree 1, 2, 4 instead of 8" in text
+    assert "Hollow points do not fit in memory" in text
+    text = scaling_text(tmp_path, "gshard_600b_2048e_36l")
+    assert "1, 2, 4, …, 1024 devices: expert degree 1, 2, 4, …, 1024 instead of 2048" in text
+    text = scaling_text(tmp_path, "t5_base")
+    assert "instead of" not in text
+    assert "Hollow points" not in text
 
 
 def test_chart_of_what_does_not_fit_says_so(tmp_path: Path) -> None:

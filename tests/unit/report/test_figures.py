@@ -14,8 +14,8 @@ from moesim.report.breakdown_figures import breakdown_rows
 from moesim.report.figures import breakdown_figure, memory_figure, scaling_figure
 from moesim.report.memory_figures import MISSING_ROW
 from moesim.report.numbers import GIB, time_scale
-from moesim.report.scaling_figures import device_labels, log_ticks
-from moesim.report.styles import FAMILIES, MEMORY_CATEGORIES, SMALL_FONT_SIZE, STEP_CATEGORIES
+from moesim.report.scaling_figures import HOLLOW, device_labels, log_ticks, tick_texts
+from moesim.report.styles import BLUE, FAMILIES, MEMORY_CATEGORIES, SMALL_FONT_SIZE, STEP_CATEGORIES, VERMILION
 from moesim.structure import memory_footprint, step_graph
 from moesim.study.scaling import scaling_from
 
@@ -111,9 +111,14 @@ def test_deficit_is_drawn_and_said(too_large: LoadedScenario) -> None:
 def test_scaling_traces_hold_the_legal_points() -> None:
     scaling = scaling_from(loaded_scenario("mixtral_8x7b"))
     figure = scaling_figure(scaling)
+    longest_s = max(np.nanmax(curve.step_time_s) for curve in scaling.curves)
+    unit = time_scale(longest_s)
+    assert unit.symbol == "s"
+    assert "Step time in s" in texts(figure)
     for curve in scaling.curves:
         legal = [point.verdict != "illegal" for point in curve.points]
-        for field, size in (("step_time_s", 1e-3), ("tokens_per_s", 1.0), ("usd_per_billion_tokens", 1.0)):
+        assert not all(legal)
+        for field, size in (("step_time_s", unit.size), ("tokens_per_s", 1.0), ("usd_per_billion_tokens", 1.0)):
             for meta, name in ((f"{curve.mode} {field}", field), (f"ideal {curve.mode} {field}", f"ideal_{field}")):
                 (trace,) = traces(figure, meta)
                 assert list(trace.x) == list(curve.devices[legal])
@@ -123,8 +128,43 @@ def test_scaling_traces_hold_the_legal_points() -> None:
 def test_points_that_do_not_fit_are_hollow_and_explained(too_large: LoadedScenario) -> None:
     figure = scaling_figure(scaling_from(too_large))
     (trace,) = traces(figure, "weak step_time_s")
-    assert list(trace.marker.symbol) == ["circle-open"]
-    assert "does not fit" in trace.customdata[0]
+    assert list(trace.marker.color) == [HOLLOW] * 6
+    for text in trace.customdata:
+        assert "does not fit" in text
+
+
+def test_points_that_fit_are_full_beside_hollow_ones() -> None:
+    figure = scaling_figure(scaling_from(loaded_scenario("m6t_1t_v100x480")))
+    (trace,) = traces(figure, "weak step_time_s")
+    assert list(trace.x) == [15, 30, 60, 120, 240, 480]
+    assert list(trace.marker.color) == [HOLLOW] * 5 + [BLUE]
+    assert ["does not fit" in text for text in trace.customdata] == [True] * 5 + [False]
+    for devices, text in zip(trace.x, trace.customdata, strict=True):
+        assert f"expert degree {devices}" in text.split("<br>")
+
+
+def test_legend_is_full_where_the_first_point_is_hollow() -> None:
+    figure = scaling_figure(scaling_from(loaded_scenario("m6t_1t_v100x480")))
+    shown = [trace for trace in figure.data if trace.showlegend]
+    assert [trace.name.split(":")[0] for trace in shown] == ["Weak", "Strong", "Hollow", "Perfect scaling"]
+    assert [trace.marker.color for trace in shown[:3]] == [BLUE, VERMILION, HOLLOW]
+    figure = scaling_figure(scaling_from(loaded_scenario("t5_base")))
+    assert not any("Hollow" in str(trace.name) for trace in figure.data)
+
+
+@pytest.mark.parametrize("name", ["gshard_600b_2048e_36l", "switch_c"])
+def test_axes_stay_readable_where_step_times_differ_by_orders_of_magnitude(name: str) -> None:
+    scaling = scaling_from(loaded_scenario(name))
+    assert np.nanmax(scaling.strong.step_time_s) > 1e4 * scaling.base.step_time_s
+    figure = scaling_figure(scaling)
+    for number, field in enumerate(("step_time_s", "tokens_per_s", "usd_per_billion_tokens"), start=1):
+        axis = figure.layout["yaxis" if number == 1 else f"yaxis{number}"]
+        assert axis.type == "log"
+        assert 3 <= len(axis.ticktext) <= 8
+        assert len(set(axis.ticktext)) == len(axis.ticktext)
+        for curve in scaling.curves:
+            (trace,) = traces(figure, f"{curve.mode} {field}")
+            assert axis.range[0] < min(np.log10(trace.y)) <= max(np.log10(trace.y)) < axis.range[1]
 
 
 def test_missing_price_is_said_instead_of_drawn() -> None:
@@ -148,6 +188,11 @@ def test_log_ticks_lie_in_the_range_and_are_few(low: float, high: float) -> None
     ticks = log_ticks(low, low * max(high, 4.0))
     assert 3 <= len(ticks) <= 8
     assert all(low <= tick <= low * max(high, 4.0) for tick in ticks)
+
+
+def test_tick_texts_write_thousands_in_one_way() -> None:
+    assert tick_texts([0.5, 1.0, 1e4]) == ["0.5", "1", "10,000"]
+    assert tick_texts([100.0, 1e3, 1e4, 1e5, 1e6]) == ["100", "1k", "10k", "100k", "1M"]
 
 
 def test_device_labels_are_few_and_include_the_base() -> None:

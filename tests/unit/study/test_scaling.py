@@ -43,10 +43,37 @@ def test_other_points_equal_the_estimate_of_the_scenario_written_out(mixtral: Sc
         assert curve.usd_per_billion_tokens[row] == answer.cost.usd_per_billion_tokens
 
 
-@pytest.mark.parametrize("name", ["mixtral_8x7b", "deepseek_v3", "t5_large"])
+# Written out by hand, from the smallest number of devices; from there on the degree is the scenario's.
+SMALLER_EXPERT_DEGREES = {
+    "mixtral_8x7b": {4: 1, 8: 2, 16: 4},
+    "deepseek_v3": {16: 1, 32: 2, 64: 4, 128: 8, 256: 16, 512: 32},
+    "m6t_1t_v100x480": {15: 15, 30: 30, 60: 60, 120: 120, 240: 240},
+    "t5_large": {},
+}
+
+
+@pytest.mark.parametrize("name", SMALLER_EXPERT_DEGREES)
+def test_expert_degree_is_kept_until_a_stage_has_too_few_devices(name: str) -> None:
+    loaded = loaded_scenario(name)
+    for curve in scaling_from(loaded).curves:
+        own = loaded.scenario.parallelism.expert
+        drawn = dict(zip(curve.devices.tolist(), curve.expert_degrees.tolist(), strict=True))
+        assert {devices: degree for devices, degree in drawn.items() if degree != own} == SMALLER_EXPERT_DEGREES[name]
+
+
+def test_expert_degree_leaves_room_for_expert_tensor_ranks() -> None:
+    degrees = ("parallelism.expert=4", "parallelism.expert_tensor=2", "parallelism.pipeline.stages=4")
+    curve = scaling_from(loaded_scenario("mixtral_8x7b", *degrees)).weak
+    drawn = dict(zip(curve.devices.tolist(), curve.expert_degrees.tolist(), strict=True))
+    assert [drawn[devices] for devices in (8, 16, 32, 64)] == [1, 2, 4, 4]
+    assert curve.points[2].rule == "expert_degrees_do_not_multiply"  # 4 devices: a stage has one, experts need two
+
+
+@pytest.mark.parametrize("name", SMALLER_EXPERT_DEGREES)
 def test_verdicts_and_times_equal_those_of_a_sweep(name: str) -> None:
     loaded = loaded_scenario(name)
     scaling = scaling_from(loaded)
+    own, smaller = loaded.scenario.parallelism.expert, SMALLER_EXPERT_DEGREES[name]
     for curve in scaling.curves:
         factor = curve.devices / scaling.base.num_devices if curve.mode == "weak" else np.ones(len(curve.devices))
         sequences = loaded.scenario.workload.sequences_per_step * factor
@@ -54,6 +81,7 @@ def test_verdicts_and_times_equal_those_of_a_sweep(name: str) -> None:
         values = {
             "devices": [int(count) for count in curve.devices[whole]],
             "parallelism.data": ["auto"] * len(whole),
+            "parallelism.expert": [smaller.get(int(count), own) for count in curve.devices[whole]],
             "workload.sequences_per_step": [int(number) for number in sequences[whole]],
         }
         table = estimate_many(Space(loaded.document, (Axis("devices", values),)))
@@ -83,14 +111,14 @@ def test_illegal_points_carry_reasons_and_no_numbers(mixtral: Scaling) -> None:
             assert curve.points[row].reason
             assert np.isnan(curve.step_time_s[row])
             assert np.isnan(curve.usd_per_billion_tokens[row])
-    sixteen = mixtral.weak.points[list(mixtral.weak.devices).index(16)]
-    assert sixteen.reason == "expert_tensor 1 x expert 8 x pipeline 4 does not divide devices 16"
+    two = mixtral.weak.points[list(mixtral.weak.devices).index(2)]
+    assert two.reason == "2 devices do not divide into groups of tensor 1 x context 1 x pipeline 4"
 
 
 def test_only_fewer_devices_are_tried_where_the_scenario_fills_the_cluster() -> None:
     scaling = scaling_from(loaded_scenario("m6t_1t_v100x480"))
     assert list(scaling.weak.devices) == [15, 30, 60, 120, 240, 480]
-    assert [point.verdict for point in scaling.weak.points] == ["illegal"] * 5 + ["ok"]
+    assert [point.verdict for point in scaling.weak.points] == ["does_not_fit"] * 5 + ["ok"]
 
 
 def test_sequences_are_whole_wherever_the_data_degree_is() -> None:
