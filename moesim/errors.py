@@ -32,6 +32,7 @@ ERROR_CODES: dict[str, str] = {
     "E-FMT-011": "a key that is not plain, printable text",
     "E-FMT-012": "more than one YAML document in a file",
     "E-FMT-013": "a number or text that cannot be represented",
+    "E-FMT-014": "a data file that lacks what it must hold",
     "E-OUT-001": "an output that cannot be written",
     "E-CLI-001": "a command line that cannot be understood",
     "E-FIT-001": "a configuration that does not fit into the memory of the device",

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+EXIT_TOLERANCE = 1
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 130

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT
+from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_TOLERANCE
 from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ application = typer.Typer(
 )
 hardware_commands = typer.Typer(help="Devices, clusters and software stacks.", no_args_is_help=True)
 chart_commands = typer.Typer(help="Self-contained HTML charts that work offline.", no_args_is_help=True)
+validate_commands = typer.Typer(help="Predictions against published figures.", no_args_is_help=True)
+application.add_typer(validate_commands, name="validate")
 application.add_typer(hardware_commands, name="hardware")
 application.add_typer(chart_commands, name="chart")
 
@@ -292,6 +294,50 @@ def chart_scaling(
 ) -> int:
     """Step time, throughput and cost against the number of devices, weak and strong."""
     return _chart("scaling", scenario, out, assignments, profiles)
+
+
+def _validation_folder(given: Path | None, name: str) -> Path:
+    """Folder of published figures: the one given, or that of a checkout; a wheel carries none."""
+    if given is not None:
+        return given
+    from moesim.resources import data_directory
+
+    try:
+        return data_directory("validation") / name
+    except FileNotFoundError:
+        message, remedy = (
+            "this installation carries no published figures",
+            f"give --data: a folder like validation/{name}",
+        )
+        raise FormatError([Problem(code="E-FMT-001", message=message, remedy=remedy)]) from None
+
+
+DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the published figures.")]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.md", help="Write the error table to a file.")
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option("--tolerance", min=0.0, help="Exit with 1 if the median error of what was not fitted is above this."),
+]
+
+
+@validate_commands.command("papers")
+def validate_papers_command(
+    data: DataOption = None, report: ReportOption = None, tolerance: ToleranceOption = None, as_json: JsonOption = False
+) -> int:
+    """Predict figures of papers as they are, and print every error."""
+    from moesim.study.paper_validation import read_paper_cases, validate_papers
+
+    result = validate_papers(read_paper_cases(_validation_folder(data, "papers") / "cases.json"))
+    if report is not None:
+        report.write_text(result.to_markdown(), encoding="utf-8")
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print(result.to_markdown())
+    judged = result.statistics("judge")
+    return EXIT_TOLERANCE if tolerance is not None and judged.get("median", 0.0) > tolerance else 0
 
 
 @application.callback(invoke_without_command=True)

@@ -179,6 +179,14 @@ class StackMemory(Description):
     source: Annotated[str, Field(min_length=3)]
 
 
+class ScorePasses(Description):
+    """Passes of materialised attention scores through device memory, forward and backward, where they are known."""
+
+    forward: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)]
+    backward: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)]
+    source: Annotated[str, Field(min_length=3)]
+
+
 class Stack(Description):
     """A named software stack: framework, kernels and collective library of one era."""
 
@@ -188,6 +196,7 @@ class Stack(Description):
     launch: LaunchBehaviour
     dispatch: Literal["one_hot_einsum", "permute", "fused"]
     attention_kernel: Literal["flash", "materialised"]
+    score_passes: ScorePasses | None = None
     fuses_elementwise: Flag
     gemm_compute_fraction: NumberFigure
     collective_library: Identifier

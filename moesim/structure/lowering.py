@@ -144,11 +144,12 @@ def linear(
     """
     rows, columns, inner = shape
     ones = rows * 0 + 1.0
+    quantised = _quantisation(context, name, rows * groups, (inner, columns), precision, load_factor)
     shapes: dict[Phase, tuple[FloatArray, FloatArray | float, FloatArray | float]] = {"forward": shape}
     if context.is_training:
         shapes["activation_gradient"] = (rows, inner, columns)
         shapes["weight_gradient"] = (ones * inner, columns, rows)
-    return [
+    return quantised + [
         Operation(
             name,
             category,
@@ -159,6 +160,40 @@ def linear(
             is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
         )
         for phase, phase_shape in shapes.items()
+    ]
+
+
+def _quantisation(
+    context: LoweringContext,
+    name: str,
+    rows: FloatArray,
+    widths: tuple[FloatArray | float, FloatArray | float],
+    precision: str | None,
+    load_factor: FloatArray | None,
+) -> list[Operation]:
+    """Casts of a linear layer's input (backward: of its output's gradient) to an 8-bit or narrower format.
+
+    One read as stored and one write; in training a second, transposed copy for the weight gradient. Weights are cast
+    once per step, which is left out.
+    """
+    compute = PRECISION_BYTES[precision or context.scenario.precision.compute]
+    if compute >= 2:
+        return []
+    written = compute * (2.0 if context.is_training else 1.0)
+    moved = context.activation_bytes + written
+    phases: list[tuple[Phase, FloatArray | float]] = [("forward", widths[0])]
+    if context.is_training:
+        phases.append(("activation_gradient", widths[1]))
+    return [
+        Operation(
+            f"{name}.quantise",
+            "memory_bound",
+            phase,
+            "compute",
+            MemoryTraffic(rows * width * moved),
+            load_factor=load_factor,
+        )
+        for phase, width in phases
     ]
 
 

@@ -139,10 +139,21 @@ def _core(
         f"{name}.softmax",
         "memory_bound",
         pairs * heads,
-        passes=(4, 6) if fused else (10.5, 12),
+        passes=_score_passes(context),
         kernels=(1, 1) if fused else (4, 4),
         is_recomputed_selectively=True,
     )
+
+
+def _score_passes(context: LoweringContext) -> tuple[float, float]:
+    """Passes of the scores through memory: as the stack says, else one write and one read and those of the softmax.
+
+    Fused: the softmax reads and writes (2); without fusion, scale (2), mask (2), softmax (2) and dropout (2.5) do.
+    """
+    known = context.stack.score_passes
+    if known is not None:
+        return known.forward, known.backward
+    return (4.0, 6.0) if context.stack.fuses_elementwise else (10.5, 12.0)
 
 
 def _core_precision(context: LoweringContext) -> str:
