@@ -44,6 +44,15 @@ class DeviceRates:
             return self.peak[precision]
         return self.peak.get("fp32", min(self.peak.values()))
 
+    @property
+    def smallest_tile_s(self) -> float:
+        """Time per unit of main-loop length of one smallest tile on every compute unit.
+
+        It is a latency, alike for all precisions, and is taken at the 16-bit rate.
+        """
+        peak = self.peak.get("bf16", self.peak.get("fp16", max(self.peak.values())))
+        return 2.0 * self.compute_units * MINIMUM_TILE_CELLS / (peak * self.gemm_fraction)
+
 
 def device_rates(device: Device, stack: Stack) -> DeviceRates:
     """Gather a device's figures; launch floors vanish from device time when graphs replay the launches."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.collectives import collective_time
-from moesim.cost.efficiency_surfaces import MINIMUM_TILE_CELLS, OVERLAP_EXPONENT, ROW_GRANULARITY
+from moesim.cost.efficiency_surfaces import OVERLAP_EXPONENT, ROW_GRANULARITY
 from moesim.cost.operators import Hardware
 from moesim.structure.step_graph import AttentionCore, Collective, Gemm, MemoryTraffic, Operation
 
 GEMM_FORMULA = (
-    "t0 + (compute^p + memory^p)^(1/p); compute = 2 max(groups rows columns, units tile) (inner + prologue) / (peak "
-    "fraction), memory = bytes / (bandwidth fraction)"
+    "t0 + (compute^p + memory^p)^(1/p); compute = max(2 groups rows columns / (peak fraction), smallest tile) "
+    "(inner + prologue), memory = bytes / (bandwidth fraction)"
 )
 ATTENTION_FORMULA = (
     "t0 kernels + (compute^p + memory^p)^(1/p); compute = 2 pairs heads width visible / (peak fraction), "
@@ -59,14 +59,14 @@ def _gemm(work: Gemm, hardware: Hardware) -> Explanation:
     rates = hardware.device
     rows, columns, inner, groups = (float(np.ravel(x)[0]) for x in (work.rows, work.columns, work.inner, work.groups))
     padded = float(np.ceil(rows / ROW_GRANULARITY - 1e-9) * ROW_GRANULARITY) if groups > 1 else rows
-    cells = f"max({groups:.12g} * {padded:.12g} * {columns:.12g}, {rates.compute_units:g} * {MINIMUM_TILE_CELLS:g})"
     peak = f"({rates.peak_for(work.precision):.12g} * {rates.gemm_fraction:.12g})"
     output = work.output_bytes * (2 if work.accumulates else 1)
     num_bytes = (
         f"{groups:.12g} * (({rows:.12g} + {columns:.12g}) * {inner:.12g} * {work.input_bytes:g}"
         f" + {rows:.12g} * {columns:.12g} * {output:g})"
     )
-    compute = f"2 * {cells} * ({inner:.12g} + {rates.prologue_length:g}) / {peak}"
+    rate = f"2 * {groups:.12g} * {padded:.12g} * {columns:.12g} / {peak}"
+    compute = f"max({rate}, {rates.smallest_tile_s:.12g}) * ({inner:.12g} + {rates.prologue_length:g})"
     memory = f"{num_bytes} / ({rates.memory_bandwidth:.12g} * {rates.gemm_memory_fraction:.12g})"
     return Explanation(GEMM_FORMULA, _norm(f"{rates.gemm_fixed_s:.12g}", compute, memory))
 

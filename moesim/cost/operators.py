@@ -9,7 +9,6 @@ import numpy as np
 
 from moesim.cost.collectives import FabricRates, collective_time
 from moesim.cost.efficiency_surfaces import (
-    MINIMUM_TILE_CELLS,
     ROW_GRANULARITY,
     DeviceRates,
     combined_time_s,
@@ -75,7 +74,7 @@ def gemm_cost(
     Notes
     -----
     t = t0 + ||compute, memory||_p with
-    compute = 2 max(g r c, units * tile) (i + prologue) / (P * fraction), rows r padded to a matrix instruction in
+    compute = max(2 g r c / (P * fraction), smallest tile) (i + prologue), rows r padded to a matrix instruction in
     groups, memory = (g (r i + i c) input_bytes + g r c output_bytes) / (B * fraction); accumulating outputs are read
     as well. Never below the roofline 2 g r c i / P and bytes / B. Ignores wave quantisation and split-k.
     No work (a factor 0) takes no time.
@@ -83,9 +82,9 @@ def gemm_cost(
     rows = work.rows if load is None else work.rows * load
     flops = 2.0 * work.groups * rows * work.columns * work.inner
     padded = np.where(work.groups > 1, np.ceil(rows / ROW_GRANULARITY - 1e-9) * ROW_GRANULARITY, rows)
-    cells = np.maximum(work.groups * padded * work.columns, rates.compute_units * MINIMUM_TILE_CELLS)
     peak = rates.peak_for(work.precision)
-    compute_s = 2.0 * cells * (work.inner + rates.prologue_length) / (peak * rates.gemm_fraction)
+    per_length_s = 2.0 * work.groups * padded * work.columns / (peak * rates.gemm_fraction)
+    compute_s = np.maximum(per_length_s, rates.smallest_tile_s) * (work.inner + rates.prologue_length)
     output_bytes = work.output_bytes * (2.0 if work.accumulates else 1.0)
     num_bytes = work.groups * (
         (rows + work.columns) * work.inner * work.input_bytes + rows * work.columns * output_bytes
