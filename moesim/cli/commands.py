@@ -296,6 +296,25 @@ def chart_scaling(
     return _chart("scaling", scenario, out, assignments, profiles)
 
 
+@application.command()
+def predict(
+    operator: Annotated[str, typer.Argument(help="gemm or attention.")],
+    device: Annotated[str, typer.Option("--device", metavar="ID", help="Device the kernels run on.")],
+    shapes: Annotated[Path, typer.Option("--input", metavar="SHAPES.csv", help="One row per kernel.")],
+    output: Annotated[Path, typer.Option("--output", metavar="PREDICTIONS.csv", help="The rows with predictions.")],
+    profiles: ProfilesOption = None,
+) -> int:
+    """Predict kernel times for the shapes of a CSV file, with intervals."""
+    from moesim.study.predictions import NEEDED, predict_file
+
+    if operator not in NEEDED:
+        message, remedy = f"no operator is called {operator!r}", f"there are {', '.join(NEEDED)}"
+        raise ScenarioError([Problem(code="E-SCN-010", message=message, remedy=remedy)])
+    rows = predict_file(operator, device, shapes, output, library=_library(profiles))
+    print(f"wrote {rows} rows to {output}", file=sys.stderr)
+    return 0
+
+
 def _validation_folder(given: Path | None, name: str) -> Path:
     """Folder of published figures: the one given, or that of a checkout; a wheel carries none."""
     if given is not None:
@@ -338,6 +357,24 @@ def validate_papers_command(
         print(result.to_markdown())
     judged = result.statistics("judge")
     return EXIT_TOLERANCE if tolerance is not None and judged.get("median", 0.0) > tolerance else 0
+
+
+@validate_commands.command("published")
+def validate_published_command(
+    data: DataOption = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write the report and tables here.")] = None,
+    tolerance: ToleranceOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Predict published training runs as they are, and print every error and every run left out."""
+    from moesim.study.published_validation import run_published_validation
+
+    report = run_published_validation(_validation_folder(data, "published"), out)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        print(report.to_markdown())
+    return EXIT_TOLERANCE if tolerance is not None and report.overall().median > tolerance else 0
 
 
 @application.callback(invoke_without_command=True)

@@ -187,6 +187,14 @@ class ScorePasses(Description):
     source: Annotated[str, Field(min_length=3)]
 
 
+class StepRatio(Description):
+    """Measured over predicted step time on published runs that fitted nothing: 5th and 95th percentile."""
+
+    low: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
+    high: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False, strict=True)]
+    source: Annotated[str, Field(min_length=3)]
+
+
 class Stack(Description):
     """A named software stack: framework, kernels and collective library of one era."""
 
@@ -204,4 +212,5 @@ class Stack(Description):
     collectives: Annotated[dict[Tier, CollectiveTier], Field(min_length=1)]
     overlap: OverlapAchieved
     memory: StackMemory
+    step_ratio: StepRatio | None = None
     notes: str = ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -64,6 +65,15 @@ class HardwareLibrary:
     def stack(self, name: str) -> Stack:
         """Read a software stack profile; raises as ``device``."""
         return self._read("stacks", name, Stack, "stack")
+
+    def surface(self, operator: str, device: str) -> dict[str, Any] | None:
+        """Fitted surface of an operator on a device, as its JSON object; None where nothing was fitted."""
+        for directory in self._directories:
+            path = directory / "surfaces" / f"{operator}_{device}.json"
+            if path.is_file():
+                document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return document
+        return None
 
     def _read(self, kind: ProfileKind, name: str, model: type[Profile], field: str) -> Profile:
         path = self.path(kind, name)

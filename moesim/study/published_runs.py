@@ -1,0 +1,282 @@
+"""Published training runs as scenarios: one row of facts, general rules, every assumption named.
+
+Nothing here is tuned to a row: cluster and stack follow from device, framework and options, and what a source does not
+say is filled in by a default that is the same for all rows. A row whose shape, degrees or measurement cannot be had is
+refused with the field that is missing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from moesim.describe.documents import Document
+from moesim.describe.hardware_library import HardwareLibrary
+from moesim.study.published_facts import Assumptions, PublishedRun, UnpredictableRunError
+from moesim.study.published_models import model_fields
+
+MEGA = 2**20
+DEFAULT_SEQUENCE = 512
+TPU_MICRO_BATCH_TOKENS = 8192
+
+CLUSTERS: dict[str, tuple[str, ...]] = {
+    "V100": ("v100_sxm2_32gb_dgx1_nodes",),
+    "V100-32GB": ("v100_sxm2_32gb_dgx1_nodes",),
+    "A100 (40 or 80GB)": ("a100_sxm_40gb_dgx_nodes",),
+    "A100-40GB": ("a100_sxm_40gb_dgx_nodes",),
+    "A100-80GB": ("a100_sxm_dgx_nodes",),
+    "A800-80GB": ("a800_sxm_nodes",),
+    "H100": ("h100_sxm_hgx_nodes",),
+    "H200": ("h200_sxm_hgx_nodes",),
+    "H800": ("h800_sxm_hgx_nodes",),
+    "B200": ("b200_sxm_hgx_nodes",),
+    "B300": ("b300_sxm_hgx_nodes",),
+    "GB200": ("gb200_nvl72_racks",),
+    "GB300": ("gb300_nvl72_racks",),
+    "MI250X GCD": ("mi250x_gcd_nodes",),
+    "MI300X": ("mi300x_nodes",),
+    "TPU v3": ("tpu_v3_4x4", "tpu_v3_8x8", "tpu_v3_16x16", "tpu_v3_32x32"),
+    "TPU v4": ("tpu_v4_8x8x8", "tpu_v4_8x8x16"),
+    "TPU v5e": ("tpu_v5e_4x4", "tpu_v5e_16x16"),
+    "TPU v5p": ("tpu_v5p_2x2x1", "tpu_v5p_8x8x8"),
+    "TPU v6e": ("tpu_v6e_8x8", "tpu_v6e_16x16"),
+}
+"""Clusters of a device, smallest first: the first that holds the run is taken."""
+
+FAMILIES: tuple[tuple[str, str], ...] = (
+    ("V100", "volta"),
+    ("A100", "ampere"),
+    ("A800", "ampere"),
+    ("H", "hopper"),
+    ("B", "blackwell"),
+    ("GB", "blackwell"),
+    ("MI", "amd"),
+    ("TPU v3", "tpu_v3"),
+    ("TPU", "tpu"),
+)
+
+STACK_RULES: tuple[tuple[str, str, str], ...] = (
+    ("hopper", r"hai-llm", "deepseek_dualpipe_deepep"),
+    ("ampere", r"tutel|fastmoe", "tutel_nccl"),
+    ("ampere", r"x-moe|composer", "pytorch_permute_nccl"),
+    ("ampere", r"deepspeed", "deepspeed_nccl"),
+    ("hopper", r"deepep|hybridep", "megatron_core_deepep"),
+    ("blackwell", r"deepep|hybridep", "megatron_core_hybridep_blackwell"),
+    ("volta", r"", "pytorch_einsum_nccl"),
+    ("ampere", r"", "megatron_core_nccl_ampere"),
+    ("hopper", r"", "megatron_core_nccl"),
+    ("blackwell", r"", "megatron_core_nccl_blackwell"),
+    ("amd", r"", "megatron_core_rccl"),
+    ("tpu_v3", r"", "xla_einsum"),
+    ("tpu", r"", "xla_gspmd_modern"),
+)
+"""Family of devices, a pattern in framework and options, stack; the first that fits is taken."""
+
+FULL_CONVENTION = r"mcore v0|x-moe|deepspeed|nemo 24"
+"""Frameworks whose published FLOPs count the whole square of causal attention."""
+
+
+def scenario_document(run: PublishedRun, library: HardwareLibrary) -> Document:
+    """Scenario of a published run.
+
+    Raises
+    ------
+    UnpredictableRunError
+        If something without a general default is missing, or the schema cannot say it.
+    """
+    assumed = Assumptions()
+    if run.text("scope") != "full_step":
+        raise UnpredictableRunError("scope", f"{run.text('scope')}: not the time of one step")
+    data: dict[str, Any] = {
+        "schema_version": 1,
+        "name": re.sub(r"[^a-z0-9]+", "_", run.id.lower()).strip("_"),
+        "description": f"{run.text('model')} on {run.text('n_devices')} {run.text('device')}, {run.text('framework')}",
+        "references": [run.text("source")],
+        "flop_convention": "full" if re.search(FULL_CONVENTION, run.software) else "causal",
+        "cluster": cluster_of(run, library, assumed),
+        "devices": run.devices,
+        "stack": stack_of(run),
+        "model": model_fields(run, assumed),
+        "precision": precision_fields(run, assumed),
+        "optimizer": _optimizer(run, assumed),
+        "parallelism": parallelism_fields(run, assumed),
+    }
+    data["workload"] = workload_fields(run, data["parallelism"], assumed)
+    data["assumed"] = assumed.reasons
+    return Document(run.id, data, {})
+
+
+def family_of(run: PublishedRun) -> str:
+    """Hardware family, which decides collective constants and defaults."""
+    device = run.text("device")
+    for prefix, family in FAMILIES:
+        if device.startswith(prefix):
+            return family
+    raise UnpredictableRunError("device", f"no profile of {device}")
+
+
+def cluster_of(run: PublishedRun, library: HardwareLibrary, assumed: Assumptions) -> str:
+    """The smallest cluster of the run's device that holds it; sources rarely describe the network."""
+    device = run.text("device")
+    known = [name for name in CLUSTERS.get(device, ()) if library.path("clusters", name) is not None]
+    if not known:
+        raise UnpredictableRunError("device", f"no cluster profile of {device}")
+    for name in known:
+        if library.cluster(name).device_count >= run.devices:
+            assumed.add("cluster", f"by device: {run.text('interconnect') or 'interconnect not published'}")
+            return name
+    raise UnpredictableRunError("n_devices", f"no cluster profile holds {run.devices} {device}")
+
+
+def stack_of(run: PublishedRun) -> str:
+    """The stack of the first rule that fits family and software."""
+    family = family_of(run)
+    return next(
+        stack for needed, pattern, stack in STACK_RULES if needed == family and re.search(pattern, run.software)
+    )
+
+
+def precision_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
+    """Number formats by the published name: FP8 and FP4 are of the linear layers only."""
+    text = run.text("precision").lower()
+    if run.is_tpu:
+        activations = "fp32" if "float32" in text else "bf16"
+        assumed.add(
+            "precision", "weights, gradients and their sums in fp32, all-to-all in bf16: habit of these frameworks"
+        )
+        fields = {"parameters": "fp32", "activations": activations, "dispatch": "bf16"}
+        return {**fields, "compute": "int8" if "int8" in text else "bf16", "master": "fp32", "gradients": "fp32"}
+    if text == "fp16":
+        formats = {"parameters": "fp16", "gradients": "fp16", "activations": "fp16", "dispatch": "fp16"}
+        assumed.add("precision.gradients", "not published; fp16 with loss scaling, reduced as they are")
+        return {**formats, "compute": "fp16", "master": "fp32", "reduction": "fp16"}
+    compute = "fp4" if "fp4" in text else "fp8" if "fp8" in text else "bf16" if "bf16" in text else None
+    if compute is None:
+        raise UnpredictableRunError("precision", f"'{run.text('precision')}'")
+    assumed.add(
+        "precision", "parameters, activations and dispatch bf16, gradients and their sums fp32: recipe defaults"
+    )
+    return {
+        "compute": compute,
+        "parameters": "bf16",
+        "master": "fp32",
+        "gradients": "fp32",
+        "activations": "bf16",
+        "dispatch": "bf16",
+    }
+
+
+def _optimizer(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
+    words = f"{run.text('optimizer')} {run.text('other_opts')}".lower()
+    if not run.text("optimizer"):
+        assumed.add("optimizer", "not published; Adam")
+    if "adafactor" in words:
+        return {"kind": "adafactor"}
+    offload = "optimizer" if "optimizer-state offload" in words else "none"
+    has_short_moments = re.search(r"bf16 (adam )?moments|reduced-precision adam", words) is not None
+    return {"kind": "adam", "state": "bf16" if has_short_moments else "fp32", "offload": offload}
+
+
+def parallelism_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, Any]:
+    """Degrees as published; sequence parallelism goes with tensor parallelism in every recipe of the table."""
+    is_moe = run.count("n_experts", 0) > 0
+    tensor = run.count("tp")
+    virtual = _virtual_stages(run, assumed)
+    expert_tensor = run.count("etp", tensor if is_moe else 1)
+    if tensor > 1:
+        assumed.add("parallelism.sequence", "on with tensor parallelism, as recipes have it")
+    if is_moe and expert_tensor == tensor and not run.text("etp") and tensor > 1:
+        assumed.add("parallelism.expert_tensor", "not published; as tensor, Megatron's default")
+    return {
+        "data": "auto",
+        "tensor": tensor,
+        "sequence": tensor > 1,
+        "context": run.count("cp", 1),
+        "pipeline": {
+            "stages": run.count("pp"),
+            "virtual_stages": virtual,
+            "schedule": "interleaved_one_f_one_b" if virtual > 1 else "one_f_one_b",
+        },
+        "expert": run.count("ep") if is_moe else 1,
+        "expert_tensor": expert_tensor if is_moe else 1,
+        "zero_stage": _zero_stage(run, assumed),
+        "recompute": _recompute(run, assumed),
+    }
+
+
+def _virtual_stages(run: PublishedRun, assumed: Assumptions) -> int:
+    """Chunks per stage; Megatron may count embedding and head as layers, the schema may not."""
+    virtual, most = run.count("vp", 1), max(run.count("n_layers") // run.count("pp"), 1)
+    if virtual > most:
+        assumed.add("parallelism.pipeline.virtual_stages", f"{virtual} make more chunks than layers; {most}")
+    return min(virtual, most)
+
+
+def _zero_stage(run: PublishedRun, assumed: Assumptions) -> int:
+    text = run.text("zero_fsdp")
+    if stage := re.search(r"ZeRO(?:-| stage )(\d)", text):
+        return int(stage[1])
+    if text.startswith("FSDP"):
+        return 3
+    if text.startswith(("none", "DDP")):
+        return 0
+    if not text.startswith("dist"):
+        assumed.add("parallelism.zero_stage", "not published; a distributed optimizer, ZeRO-1")
+    return 1
+
+
+def _recompute(run: PublishedRun, assumed: Assumptions) -> str:
+    """The nearest of the schema's three; single modules are not in the schema."""
+    text = run.text("recompute")
+    if text in ("none", "none set in recipe function", "not set in test args"):
+        return "none"
+    if text.startswith(("full activation", "remat", "custom: offload")) or text == "full":
+        return "full"
+    modules = set(re.findall(r"\w+", text.partition(":")[2]))
+    if text.startswith("selective") or "up-projections" in text:
+        nearest = "full" if "moe" in modules else "selective" if "core_attn" in modules else "none"
+        assumed.add("parallelism.recompute", f"'{text}' is not in the schema; {nearest} is nearest in time")
+        return nearest
+    default = "full" if run.is_tpu and family_of(run) == "tpu" else "none"
+    assumed.add("parallelism.recompute", f"'{text or 'not published'}'; {default}, the framework's default")
+    return default
+
+
+def workload_fields(run: PublishedRun, parallelism: dict[str, Any], assumed: Assumptions) -> dict[str, Any]:
+    """Lengths, batch and micro-batch."""
+    lengths = _lengths(run, assumed)
+    length = lengths.get("sequence_length") or lengths["source_length"]
+    fields: dict[str, Any] = {"kind": "training", **lengths}
+    tokens = run.number("tokens_per_step")
+    if run.number("global_batch") is not None:
+        fields["sequences_per_step"] = run.count("global_batch")
+    elif tokens is not None:
+        if tokens % 1e6 == 0:
+            tokens *= MEGA / 1e6
+            assumed.add("workload.sequences_per_step", "a batch given in millions of tokens is in units of 2**20")
+        fields["sequences_per_step"] = round(tokens / length)
+    else:
+        raise UnpredictableRunError("global_batch", "not published, nor tokens per step")
+    if run.number("micro_batch") is not None:
+        fields["sequences_per_micro_batch"] = run.count("micro_batch")
+    else:
+        ways = parallelism["tensor"] * parallelism["context"] * parallelism["pipeline"]["stages"]
+        per_rank = max(fields["sequences_per_step"] * ways // run.devices, 1)
+        most = max(TPU_MICRO_BATCH_TOKENS // length, 1) if run.is_tpu else 1
+        fields["sequences_per_micro_batch"] = min(per_rank, most)
+        rule = f"as many as make {TPU_MICRO_BATCH_TOKENS} tokens" if run.is_tpu else "one"
+        assumed.add("workload.sequences_per_micro_batch", f"not published; {rule}")
+    if run.is_encoder_decoder:
+        fields["tokens_counted"] = "source"
+    return fields
+
+
+def _lengths(run: PublishedRun, assumed: Assumptions) -> dict[str, int]:
+    if not run.is_encoder_decoder:
+        return {"sequence_length": run.count("seq_len")}
+    if pair := re.search(r"(\d+) in / ~?(\d+) out", run.text("note")):
+        return {"source_length": int(pair[1]), "target_length": int(pair[2])}
+    if run.number("seq_len") is None:
+        assumed.add("workload.source_length", f"not published; {DEFAULT_SEQUENCE} tokens, the target as long")
+    length = run.count("seq_len", DEFAULT_SEQUENCE)
+    return {"source_length": length, "target_length": length}

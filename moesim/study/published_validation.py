@@ -1,0 +1,364 @@
+"""Published step times against predictions: every error, statistics by device and source, rows left out and why."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.describe.hardware_library import HardwareLibrary
+from moesim.errors import ScenarioError
+from moesim.estimation.estimate import estimate_loaded
+from moesim.estimation.loading import load_document
+from moesim.estimation.step_estimate import StepEstimate
+from moesim.study.published_facts import PublishedRun, UnpredictableRunError, read_published_runs
+from moesim.study.published_runs import scenario_document
+
+WORST_ROWS = 10
+ERROR_COLUMNS = (
+    "id",
+    "role",
+    "device",
+    "source_group",
+    "model",
+    "tier",
+    "use",
+    "stack",
+    "basis",
+    "measured_s",
+    "predicted_s",
+    "error_fraction",
+    "lower_s",
+    "upper_s",
+    "fits",
+    "published_tflop_per_token",
+    "model_tflop_per_token",
+    "published_memory_gib",
+    "predicted_memory_gib",
+    "source",
+)
+NOTES_FILE = "worst_rows.md"
+"""Reasons, written by hand, which the report carries."""
+FITTED_USE = "control_dense"
+"""Runs that set the stacks' GEMM rate in a step; MoE runs judge it."""
+
+
+@dataclass(frozen=True)
+class RunError:
+    """A published run beside its prediction.
+
+    ``basis`` says which published figure the measured step time follows from; ``error_fraction`` is predicted over
+    measured less one. ``role`` is ``fit`` where the run is of the kind a constant of its stack was fitted on (dense
+    controls set the GEMM rate in a step), else ``judge``. FLOPs per token and memory are compared where the source has
+    them.
+    """
+
+    id: str
+    role: str
+    device: str
+    source_group: str
+    model: str
+    tier: str
+    use: str
+    cluster: str
+    stack: str
+    basis: str
+    measured_s: float
+    predicted_s: float
+    error_fraction: float
+    lower_s: float
+    upper_s: float
+    fits: bool
+    published_tflop_per_token: float | None
+    model_tflop_per_token: float
+    published_memory_gib: float | None
+    predicted_memory_gib: float
+    parameters_b: float
+    published_parameters_b: float | None
+    exposed_s: dict[str, float]
+    hidden_s: dict[str, float]
+    assumptions: dict[str, str]
+    source: str
+
+    @property
+    def is_above_bounds(self) -> bool:
+        """Whether the run took longer than everything modelled, one after the other: something is not modelled."""
+        return self.measured_s > self.upper_s
+
+    @property
+    def is_below_bounds(self) -> bool:
+        """Whether the run was faster than peak rates allow: a fact or an assumption is wrong."""
+        return self.measured_s < self.lower_s
+
+
+@dataclass(frozen=True)
+class SkippedRun:
+    """A run that was not predicted, with the field that is missing."""
+
+    id: str
+    device: str
+    field: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ErrorStatistics:
+    """Errors of a group of rows; ``bias_fraction`` is the geometric mean of predicted over measured, less one."""
+
+    name: str
+    rows: int
+    sources: int
+    median: float
+    p90: float
+    bias_fraction: float
+    below_bounds: int
+    above_bounds: int
+
+
+@dataclass(frozen=True)
+class PublishedReport:
+    """All errors, worst first, the rows left out, and reasons written by hand."""
+
+    errors: tuple[RunError, ...]
+    skipped: tuple[SkippedRun, ...]
+    notes: str = ""
+
+    def worst(self, count: int = WORST_ROWS) -> tuple[RunError, ...]:
+        """Rows of largest ratio between prediction and measurement, either way."""
+        return self.errors[:count]
+
+    def worst_of_groups(self, count: int = WORST_ROWS) -> list[RunError]:
+        """The worst row of each source and model, the largest of them: rows of one group err alike."""
+        first: dict[tuple[str, str], RunError] = {}
+        for error in self.errors:
+            first.setdefault((error.source_group, error.model), error)
+        return list(first.values())[:count]
+
+    def overall(self) -> ErrorStatistics:
+        """Statistics of the rows that judge: no constant was fitted on them."""
+        return error_statistics("judge", [error for error in self.errors if error.role == "judge"])
+
+    def by(self, key: Callable[[RunError], str]) -> list[ErrorStatistics]:
+        """Statistics by group, in alphabetical order."""
+        names = sorted({key(error) for error in self.errors})
+        return [error_statistics(name, [error for error in self.errors if key(error) == name]) for name in names]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        return {
+            "schema_version": 1,
+            "overall": asdict(self.overall()),
+            "by_role": [asdict(group) for group in self.by(lambda error: error.role)],
+            "by_device": [asdict(group) for group in self.by(lambda error: error.device)],
+            "by_source": [asdict(group) for group in self.by(lambda error: error.source_group)],
+            "errors": [asdict(error) for error in self.errors],
+            "skipped": [asdict(run) for run in self.skipped],
+        }
+
+    def to_markdown(self) -> str:
+        """The report as a page: statistics, worst rows walked through, every error, rows left out."""
+        return _page(self)
+
+    def to_csv(self) -> str:
+        """All errors, worst first, one row each."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(ERROR_COLUMNS)
+        for error in self.errors:
+            values = [getattr(error, name) for name in ERROR_COLUMNS]
+            writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+        return stream.getvalue()
+
+
+def error_statistics(name: str, errors: Sequence[RunError]) -> ErrorStatistics:
+    """Median and 90th percentile of the absolute error, and bias, of some rows (at least one)."""
+    absolute = np.abs([error.error_fraction for error in errors])
+    logarithms = np.log([error.predicted_s / error.measured_s for error in errors])
+    return ErrorStatistics(
+        name=name,
+        rows=len(errors),
+        sources=len({(error.source_group, error.model) for error in errors}),
+        median=float(np.median(absolute)),
+        p90=float(np.quantile(absolute, 0.9)),
+        bias_fraction=float(np.expm1(np.mean(logarithms))),
+        below_bounds=sum(error.is_below_bounds for error in errors),
+        above_bounds=sum(error.is_above_bounds for error in errors),
+    )
+
+
+def run_published_validation(data: Path, out: Path | None = None) -> PublishedReport:
+    """Predict every published run that can be predicted.
+
+    Parameters
+    ----------
+    data : Path
+        Folder that holds ``runs.csv``: ``validation/published`` of a checkout.
+    out : Path or None
+        Folder for ``report.md`` and ``errors.csv``; nothing is written if None.
+
+    Returns
+    -------
+    PublishedReport
+        Errors by falling size and the rows left out.
+
+    Raises
+    ------
+    FormatError
+        If the folder has no such table.
+    """
+    library = HardwareLibrary()
+    errors: list[RunError] = []
+    skipped: list[SkippedRun] = []
+    for run in read_published_runs(data):
+        try:
+            errors.append(_predicted(run, library))
+        except UnpredictableRunError as problem:
+            skipped.append(SkippedRun(run.id, run.text("device"), problem.field, problem.why))
+        except ScenarioError as problem:
+            first = problem.problems[0]
+            skipped.append(SkippedRun(run.id, run.text("device"), first.field or "scenario", first.message))
+    errors.sort(key=lambda error: -abs(np.log(error.predicted_s / error.measured_s)))
+    notes = data / NOTES_FILE
+    written = notes.read_text(encoding="utf-8") if notes.exists() else ""
+    report = PublishedReport(tuple(errors), tuple(skipped), written)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+        (out / "errors.csv").write_text(report.to_csv(), encoding="utf-8")
+    return report
+
+
+def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
+    answer = estimate_loaded(load_document(scenario_document(run, library), library))
+    measured_s, basis = measured_step_time_s(run, answer)
+    is_fitted = library.stack(answer.stack).gemm_compute_fraction.kind == "fitted"
+    tokens, flops = run.number("tokens_per_s_per_device"), run.number("tflops_per_device")
+    step_s = run.number("step_time_s")
+    if flops and not tokens and step_s:
+        tokens = answer.tokens_per_step / step_s / run.count("n_devices")
+    return RunError(
+        id=run.id,
+        role="fit" if is_fitted and run.text("use") == FITTED_USE else "judge",
+        device=answer.device,
+        source_group=run.text("source_group"),
+        model=run.text("model"),
+        tier=run.text("tier"),
+        use=run.text("use"),
+        cluster=answer.cluster,
+        stack=answer.stack,
+        basis=basis,
+        measured_s=measured_s,
+        predicted_s=answer.step_time_s,
+        error_fraction=answer.step_time_s / measured_s - 1.0,
+        lower_s=answer.lower_s,
+        upper_s=answer.upper_s,
+        fits=answer.fits,
+        published_tflop_per_token=flops / tokens if flops and tokens else None,
+        model_tflop_per_token=answer.model_flops_per_step / answer.tokens_per_step / 1e12,
+        published_memory_gib=run.number("peak_mem_gib_per_device"),
+        predicted_memory_gib=answer.memory.peak / 2**30,
+        parameters_b=answer.parameters.total / 1e9,
+        published_parameters_b=run.number("total_params_b"),
+        exposed_s=answer.exposed_s,
+        hidden_s=answer.hidden_s,
+        assumptions=dict(answer.assumptions),
+        source=run.text("source"),
+    )
+
+
+def measured_step_time_s(run: PublishedRun, answer: StepEstimate) -> tuple[float, str]:
+    """Measured step time and the published figure it follows from.
+
+    Raises
+    ------
+    UnpredictableRunError
+        If no published figure gives one.
+
+    Notes
+    -----
+    In order: the step time; tokens per second and device over the step's tokens; examples per second over the step's
+    sequences; FLOP/s over this model's own FLOP count, in the convention of the source. MFU alone is refused: its
+    count of FLOPs is not published.
+    """
+    published = run.count("n_devices")
+    if (step_s := run.number("step_time_s")) is not None:
+        return step_s, "step time"
+    if (tokens := run.number("tokens_per_s_per_device")) is not None:
+        return answer.tokens_per_step / (tokens * published), "tokens per second"
+    if run.text("other_metric_name").startswith("examples_per_s"):
+        examples = run.number("other_metric_value") or np.nan
+        return run.count("global_batch") / examples, "examples per second"
+    if (teraflops := run.number("tflops_per_device")) is not None:
+        return answer.model_flops_per_step / (teraflops * 1e12 * published), "FLOP/s"
+    raise UnpredictableRunError("step_time_s", "no step time, throughput or FLOP/s; MFU alone does not say its FLOPs")
+
+
+def _page(report: PublishedReport) -> str:
+    sections = [
+        "# Published runs, predicted\n",
+        "Predicted as they are, nothing tuned to a row; dense runs set the GEMM rate in a step of four stacks (fit), "
+        "the rest judges. Error: predicted over measured step time, less one; median and "
+        "90th percentile of its size; bias: geometric mean of predicted over measured, less one; below: runs faster "
+        "than `lower_s`, so a fact or an assumption is wrong; above: runs slower than `upper_s`, so something is not "
+        "modelled. Rows of one source and model share hardware, software and bias: a median over rows is one over few "
+        "independent things. Routers of every kind are predicted with equal loads.\n",
+        _statistics_table("By role: fitted on, and judged", report.by(lambda error: error.role)),
+        _statistics_table("By device", report.by(lambda error: error.device)),
+        _statistics_table("By source", report.by(lambda error: error.source_group)),
+        _statistics_table("By use", report.by(lambda error: error.use)),
+        _statistics_table("By stack", report.by(lambda error: error.stack)),
+        _statistics_table("By source and model", report.by(lambda error: f"{error.source_group}: {error.model}")),
+        "## The ten worst rows\n",
+        *[walk_text(error) for error in report.worst()],
+        "## The worst rows of the ten worst groups\n",
+        *[walk_text(error) for error in report.worst_of_groups()],
+        *([report.notes.rstrip() + "\n"] if report.notes else []),
+        "## Every error, worst first\n",
+        "| run | device | basis | measured s | predicted s | error | fits |",
+        "| --- | --- | --- | --: | --: | --: | --- |",
+        *[
+            f"| {error.id} | {error.device} | {error.basis} | {error.measured_s:.4g} | {error.predicted_s:.4g} | "
+            f"{error.error_fraction:+.1%} | {'yes' if error.fits else 'no'} |"
+            for error in report.errors
+        ],
+        "\n## Rows left out\n",
+        "| run | device | field | why |\n| --- | --- | --- | --- |",
+        *[f"| {run.id} | {run.device} | {run.field} | {run.why} |" for run in report.skipped],
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _statistics_table(title: str, groups: Sequence[ErrorStatistics]) -> str:
+    lines = [
+        f"## {title}\n",
+        "| group | rows | sources × models | median | p90 | bias | below | above |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for group in groups:
+        lines.append(
+            f"| {group.name} | {group.rows} | {group.sources} | {group.median:.1%} | {group.p90:.1%} | "
+            f"{group.bias_fraction:+.1%} | {group.below_bounds} | {group.above_bounds} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def walk_text(error: RunError) -> str:
+    """One row from parameters to step, in numbers."""
+    parts = sorted(error.exposed_s.items(), key=lambda item: -item[1])
+    exposed = ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts if seconds > 0.01 * error.predicted_s)
+    hidden = ", ".join(f"{name} {seconds:.3g}" for name, seconds in error.hidden_s.items() if seconds > 0)
+    published = f" (published {error.published_parameters_b:g})" if error.published_parameters_b else ""
+    flops = f" (published {error.published_tflop_per_token:.4g})" if error.published_tflop_per_token else ""
+    memory = f" (published {error.published_memory_gib:.3g})" if error.published_memory_gib else ""
+    return (
+        f"**{error.id}** ({error.stack}): measured {error.measured_s:.4g} s, predicted {error.predicted_s:.4g} s, "
+        f"{error.error_fraction:+.0%}.\n"
+        f"Parameters {error.parameters_b:.4g} B{published}; TFLOP per token {error.model_tflop_per_token:.4g}{flops}; "
+        f"peak memory {error.predicted_memory_gib:.3g} GiB{memory}. Exposed seconds: {exposed}. "
+        f"Hidden: {hidden or 'none'}. Bounds {error.lower_s:.3g} to {error.upper_s:.3g} s.\n"
+    )
