@@ -25,9 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 fine, 1 tolerance exceeded, 2 bad input or usage, 3 does not fit, 130 interrupted.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["measure"]:  # needs torch and NumPy only: nothing of the rest is imported
+        from moesim.measurement import main as measure
+
+        return measure(arguments[1:])
     from moesim.cli.commands import run
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return run(arguments)
     except KeyboardInterrupt:

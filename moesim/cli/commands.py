@@ -315,6 +315,14 @@ def predict(
     return 0
 
 
+@application.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def measure() -> int:
+    """Time kernels and layers on this machine with PyTorch; ``moesim measure --help`` has the options."""
+    from moesim.measurement import main as run_measurement
+
+    return run_measurement(sys.argv[2:])
+
+
 def _validation_folder(given: Path | None, name: str) -> Path:
     """Folder of published figures: the one given, or that of a checkout; a wheel carries none."""
     if given is not None:
@@ -357,6 +365,30 @@ def validate_papers_command(
         print(result.to_markdown())
     judged = result.statistics("judge")
     return EXIT_TOLERANCE if tolerance is not None and judged.get("median", 0.0) > tolerance else 0
+
+
+@validate_commands.command("kernels")
+def validate_kernels_command(
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of measured kernel tables.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the reports.")] = Path(
+        "validation/kernels"
+    ),
+    operators: Annotated[
+        list[str] | None, typer.Option("--operator", help="gemm, attention or moe; may be repeated.")
+    ] = None,
+    surfaces: Annotated[
+        Path | None, typer.Option("--surfaces", metavar="DIR", help="Write surfaces fitted on all rows here.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the folds.")] = 0,
+) -> int:
+    """Judge kernel surfaces on shapes they were not fitted on; exits with 1 if a target is missed."""
+    from moesim.study.kernel_checks import validate_kernel_tables
+
+    failures = validate_kernel_tables(data, out, operators=operators or (), surfaces=surfaces, seed=seed)
+    for report in sorted(out.glob("*.md")):
+        print(report.read_text(encoding="utf-8"))
+    print("Missed targets: " + ("; ".join(failures) or "none"))
+    return EXIT_TOLERANCE if failures else 0
 
 
 @validate_commands.command("published")

@@ -1,0 +1,85 @@
+"""``moesim predict``: columns, sources, intervals, bad input."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from moesim.cli import main
+
+GEMM = "label,m,n,k\na,4096,4096,4096\nb,1,64,64\nc,8192,7168,2048\n"
+ATTENTION = "batch_size,isl,num_heads,num_key_value_heads,head_dim,pass,is_causal\n" + "".join(
+    f"1,4096,32,8,128,{one},{masked}\n" for one in ("forward", "backward") for masked in ("true", "false")
+)
+
+
+def predicted(tmp_path: Path, operator: str, device: str, text: str) -> list[dict[str, str]]:
+    source, target = tmp_path / "shapes.csv", tmp_path / "predictions.csv"
+    source.write_text(text, encoding="utf-8")
+    assert main(["predict", operator, "--device", device, "--input", str(source), "--output", str(target)]) == 0
+    with target.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_unknown_columns_are_kept_in_order_and_four_are_added(tmp_path: Path) -> None:
+    rows = predicted(tmp_path, "gemm", "v100_sxm2_32gb", GEMM)
+    assert list(rows[0]) == ["label", "m", "n", "k", "predicted_us", "low_us", "high_us", "source"]
+    assert [row["label"] for row in rows] == ["a", "b", "c"]
+    for row in rows:
+        assert 0 < float(row["low_us"]) < float(row["predicted_us"]) < float(row["high_us"])
+        assert row["source"] == "transferred"
+
+
+def test_a_v100_multiplies_in_fp16_near_but_below_its_peak(tmp_path: Path) -> None:
+    (row, *_) = predicted(tmp_path, "gemm", "v100_sxm2_32gb", GEMM)
+    rate = 2 * 4096**3 / (float(row["predicted_us"]) * 1e-6)
+    assert 0.6 * 125e12 < rate < 125e12
+
+
+def test_fitted_devices_say_so_and_extrapolate_to_other_passes_with_wider_intervals(tmp_path: Path) -> None:
+    rows = predicted(tmp_path, "attention", "h100_sxm", ATTENTION)
+    assert [row["source"] for row in rows] == ["fitted", "extrapolated", "extrapolated", "extrapolated"]
+    times = [float(row["predicted_us"]) for row in rows]
+    assert times[1] == pytest.approx(2 * times[0], rel=1e-4)
+    assert times[2] == pytest.approx(2.5 * times[0], rel=1e-4)
+    widths = [float(row["high_us"]) / float(row["predicted_us"]) for row in rows]
+    assert widths[2] > widths[0]
+
+
+def test_gradients_are_the_same_products_in_another_order(tmp_path: Path) -> None:
+    text = "m,n,k,pass\n64,4096,1024,dgrad\n64,1024,4096,forward\n64,4096,1024,wgrad\n4096,1024,64,forward\n"
+    times = [row["predicted_us"] for row in predicted(tmp_path, "gemm", "a800_sxm", text)]
+    assert times[0] == times[1]
+    assert times[2] == times[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("m,n\n1,2\n", "column k missing"),
+        ("m,n,k\n1,2,x\n1,2,-4\n1,2,nan\n", "line 4"),
+        ("m,n,k,pass\n1,2,3,sideways\n", "sideways"),
+        ("m,n,k,source\n1,2,3,me\n", "source is there already"),
+        ("", "missing"),
+    ],
+)
+def test_bad_tables_are_refused_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    source, target = tmp_path / "shapes.csv", tmp_path / "out.csv"
+    source.write_text(text, encoding="utf-8")
+    assert main(["predict", "gemm", "--device", "h100_sxm", "--input", str(source), "--output", str(target)]) == 2
+    err = capsys.readouterr().err
+    assert said in err or said.replace("line ", ":") in err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_unknown_operators_and_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "shapes.csv"
+    source.write_text(GEMM, encoding="utf-8")
+    arguments = ["--input", str(source), "--output", str(tmp_path / "out.csv")]
+    assert main(["predict", "gemv", "--device", "h100_sxm", *arguments]) == 2
+    assert main(["predict", "gemm", "--device", "h100_sxn", *arguments]) == 2
+    assert "h100_sxm" in capsys.readouterr().err
