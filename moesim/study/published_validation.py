@@ -144,16 +144,19 @@ class PublishedReport:
         return error_statistics("judge", [error for error in self.errors if error.role == "judge"])
 
     def by(self, key: Callable[[RunError], str]) -> list[ErrorStatistics]:
-        """Statistics by group, in alphabetical order."""
-        names = sorted({key(error) for error in self.errors})
-        return [error_statistics(name, [error for error in self.errors if key(error) == name]) for name in names]
+        """Statistics of the rows that judge by group, in alphabetical order."""
+        return _grouped([error for error in self.errors if error.role == "judge"], key)
+
+    def by_role(self) -> list[ErrorStatistics]:
+        """Statistics of the rows that a constant was fitted on, and of those that judge."""
+        return _grouped(self.errors, lambda error: error.role)
 
     def to_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
         return {
             "schema_version": 1,
             "overall": asdict(self.overall()),
-            "by_role": [asdict(group) for group in self.by(lambda error: error.role)],
+            "by_role": [asdict(group) for group in self.by_role()],
             "by_device": [asdict(group) for group in self.by(lambda error: error.device)],
             "by_source": [asdict(group) for group in self.by(lambda error: error.source_group)],
             "errors": [asdict(error) for error in self.errors],
@@ -173,6 +176,11 @@ class PublishedReport:
             values = [getattr(error, name) for name in ERROR_COLUMNS]
             writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
         return stream.getvalue()
+
+
+def _grouped(errors: Sequence[RunError], key: Callable[[RunError], str]) -> list[ErrorStatistics]:
+    names = sorted({key(error) for error in errors})
+    return [error_statistics(name, [error for error in errors if key(error) == name]) for name in names]
 
 
 def error_statistics(name: str, errors: Sequence[RunError]) -> ErrorStatistics:
@@ -307,12 +315,14 @@ def _page(report: PublishedReport) -> str:
         "than `lower_s`, so a fact or an assumption is wrong; above: runs slower than `upper_s`, so something is not "
         "modelled. Rows of one source and model share hardware, software and bias: a median over rows is one over few "
         "independent things. Routers of every kind are predicted with equal loads.\n",
-        _statistics_table("By role: fitted on, and judged", report.by(lambda error: error.role)),
-        _statistics_table("By device", report.by(lambda error: error.device)),
-        _statistics_table("By source", report.by(lambda error: error.source_group)),
-        _statistics_table("By use", report.by(lambda error: error.use)),
-        _statistics_table("By stack", report.by(lambda error: error.stack)),
-        _statistics_table("By source and model", report.by(lambda error: f"{error.source_group}: {error.model}")),
+        _statistics_table("By role: fitted on, and judged", report.by_role()),
+        _statistics_table("By device, judged rows", report.by(lambda error: error.device)),
+        _statistics_table("By source, judged rows", report.by(lambda error: error.source_group)),
+        _statistics_table("By use, judged rows", report.by(lambda error: error.use)),
+        _statistics_table("By stack, judged rows", report.by(lambda error: error.stack)),
+        _statistics_table(
+            "By source and model, judged rows", report.by(lambda error: f"{error.source_group}: {error.model}")
+        ),
         "## The ten worst rows\n",
         *[walk_text(error) for error in report.worst()],
         "## The worst rows of the ten worst groups\n",
