@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moesim.structure.columns import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
-Remainder = Literal["idle_experts", "busy_experts"]
+Remainder = Literal["idle_experts", "spread_experts", "busy_experts"]
 """Who gets the tokens that rounding a power-law draw leaves over."""
 
 TILE_ROWS = (16, 32, 64, 128, 256)
@@ -148,8 +148,9 @@ def power_law_counts(
     exponent : float
         Exponent of the power law, not 1.
     remainder : str, optional
-        Who gets what rounding leaves over. ``idle_experts`` explains the weights read on Hopper and Blackwell from one
-        token on; ``busy_experts`` those on the A100, whose table is older.
+        Who gets what rounding leaves over; read off the weights that tables of large experts show were moved.
+        ``idle_experts``: Hopper and Blackwell, from one token on. ``spread_experts``: idle ones of all ranks in turn,
+        L40S. ``busy_experts``: A100.
     draws, seed : int, optional
         Draws and their seed.
 
@@ -162,7 +163,8 @@ def power_law_counts(
     -----
     Weights by inverse CDF, x = ((b^c - a^c) u + a^c)^(1/c) with c = 1 - exponent, between a = 1 and b = 0.8 tokens, or
     0.01 and 2 while there are no more choices than experts; scaled to the number of choices and rounded. Missing
-    choices go one by one to the experts with fewest tokens (or with most), surplus ones leave those with most. Above
+    choices go one by one to the experts with fewest tokens (first ones first, or rank by rank in turn) or to those with
+    most; surplus ones leave those with most. Above
     ``tokens`` an expert is full; the rest goes to the first experts of the rank that have room.
     """
     generator = np.random.default_rng(seed)
@@ -171,12 +173,15 @@ def power_law_counts(
     weight = ((high**c - low**c) * generator.random((draws, num_experts)) + low**c) ** (1.0 / c)
     choices = tokens * experts_per_token
     counts = np.round(weight / weight.sum(axis=1, keepdims=True) * choices)
+    local = num_experts // expert
+    place = np.arange(num_experts)
+    turn = place % local * expert + place // local if remainder == "spread_experts" else place
     for row in counts:
         missing = int(choices - row.sum())
-        is_ascending = missing > 0 and remainder == "idle_experts"
-        order = np.argsort(row if is_ascending else -row, kind="stable")
+        is_for_idle = missing > 0 and remainder != "busy_experts"
+        order = np.lexsort((turn, row if is_for_idle else -row))
         np.add.at(row, order[np.arange(abs(missing)) % num_experts], np.sign(missing))
-    by_rank = np.maximum(counts, 0.0).reshape(draws, expert, num_experts // expert)
+    by_rank = np.maximum(counts, 0.0).reshape(draws, expert, local)
     chosen = by_rank[np.arange(draws), by_rank.sum(axis=2).argmax(axis=1)]
     kept = np.minimum(chosen, tokens)
     surplus = (chosen - kept).sum(axis=1, keepdims=True)

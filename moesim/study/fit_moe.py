@@ -34,8 +34,9 @@ from moesim.study.kernel_tables import fold_of_rows, half_widths_of_bins, log_bi
 BoolArray = npt.NDArray[np.bool_]
 
 UNGATED_KERNEL = "moe_torch_flow_nongated"
-OLDER_KERNEL = "moe_torch_flow"
-"""Kernel source of experts without a gate, and of the table that draws power laws the older way."""
+"""Kernel source of experts without a gate."""
+REMAINDERS: dict[str, Remainder] = {"a100_sxm": "busy_experts", "l40s": "spread_experts"}
+"""Tables whose bench drew power laws in another version than ``idle_experts``."""
 DOMAIN_FIELDS = ("tokens", "hidden", "local_inter", "experts_per_token", "num_experts", "expert")
 
 FIRST_GUESS = MoeParameters(
@@ -50,6 +51,7 @@ GRID_AXES: tuple[tuple[str, ...], ...] = (
     ("expert_tokens", "experts"),
     ("expert_tokens", "unevenness"),
     ("expert_tokens", "hidden"),
+    ("expert_tokens", "local_experts"),
     ("local_experts", "inter"),
     ("tokens", "experts"),
 )
@@ -62,7 +64,7 @@ KNOTS: dict[str, tuple[float, ...]] = {
     "local_experts": (0, 2, 4, 6, 9),
     "tokens": (4, 6, 8, 10, 12, 14),
 }
-"""Binary logarithms (but for the unevenness); 229 values in all."""
+"""Binary logarithms (but for the unevenness); 289 values in all."""
 
 FORMULA_ROWS = 5000
 """Rows the formula is fitted on, drawn at random; more change nothing."""
@@ -90,29 +92,15 @@ class MoeRows:
         return np.asarray(self.distribution == "balanced")
 
 
-def remainder_of_kernels(kernels: npt.NDArray[np.str_]) -> Remainder:
-    """How a table draws power laws.
-
-    Parameters
-    ----------
-    kernels : ndarray of str
-        Kernel sources of its rows.
-
-    Returns
-    -------
-    str
-        As :func:`~moesim.cost.moe_rank_loads.power_law_counts` takes it.
-    """
-    return "busy_experts" if bool(np.all(kernels == OLDER_KERNEL)) else "idle_experts"
-
-
-def moe_rows(table: Mapping[str, npt.NDArray[Any]]) -> MoeRows:
+def moe_rows(table: Mapping[str, npt.NDArray[Any]], *, remainder: Remainder = "idle_experts") -> MoeRows:
     """Shapes, loads and times of a table's rows.
 
     Parameters
     ----------
     table : mapping
         Columns of ``MOE_COLUMNS``.
+    remainder : str, optional
+        How its bench draws power laws, see :func:`~moesim.cost.moe_rank_loads.power_law_counts`.
 
     Returns
     -------
@@ -123,7 +111,7 @@ def moe_rows(table: Mapping[str, npt.NDArray[Any]]) -> MoeRows:
     kernel = table["kernel_source"]
     projections = np.where(kernel == UNGATED_KERNEL, 2.0, 3.0)
     shapes = MoeShapes(*[*(table[name].astype(np.float64) for name in names), projections])
-    load = rank_load_of_distributions(shapes, table["distribution"], remainder=remainder_of_kernels(kernel))
+    load = rank_load_of_distributions(shapes, table["distribution"], remainder=remainder)
     return MoeRows(shapes, load, table["distribution"], kernel, table["time_us"] * 1e-6)
 
 
@@ -280,7 +268,7 @@ def fit_moe(device: str, rows: MoeRows, machine: MoeMachine, *, has_grids: bool 
         parameters=_fit_formula(rows, machine),
         grids=(),
         domain={name: _range(getattr(rows.shapes, name)) for name in DOMAIN_FIELDS},
-        remainder=remainder_of_kernels(rows.kernel),
+        remainder=REMAINDERS.get(device, "idle_experts"),
         interval_edges_s=np.empty(0),
         interval_half_widths=np.array([math.inf]),
     )
