@@ -54,13 +54,14 @@ class DeviceRates:
         return 2.0 * self.compute_units * MINIMUM_TILE_CELLS / (peak * self.gemm_fraction)
 
 
-def device_rates(device: Device, stack: Stack) -> DeviceRates:
-    """Gather a device's figures; launch floors vanish from device time when graphs replay the launches."""
+def device_rates(device: Device, stack: Stack | None = None) -> DeviceRates:
+    """Gather a device's figures; a stack scales the GEMM rate, without one the device alone is meant."""
     clock = device.sustained_clock_fraction.value
     gemm, memory = device.kernels.gemm, device.kernels.memory_bound
+    in_step = stack.gemm_compute_fraction.value if stack else 1.0
     return DeviceRates(
         peak={precision: figure.value for precision, figure in device.peak_flop_rate.items()},
-        gemm_fraction=min(gemm.compute_fraction.value * clock * stack.gemm_compute_fraction.value, 1.0),
+        gemm_fraction=min(gemm.compute_fraction.value * clock * in_step, 1.0),
         gemm_memory_fraction=gemm.memory_fraction.value,
         prologue_length=gemm.prologue_length.value,
         gemm_fixed_s=gemm.fixed_time.value,

@@ -25,7 +25,7 @@ from moesim.cost.attention_surface import (
     attention_time_s,
     is_in_attention_domain,
 )
-from moesim.cost.efficiency_surfaces import DeviceRates
+from moesim.cost.efficiency_surfaces import DeviceRates, device_rates
 from moesim.cost.gemm_surface import GemmSurface, gemm_surface_from_json
 from moesim.cost.operators import attention_cost, gemm_cost
 from moesim.cost.uncertainty import NORMAL_QUANTILE, figure_error
@@ -150,7 +150,7 @@ def _surface_at(surface: GemmSurface, device: Device, precision: str) -> GemmSur
     """The surface with the peak of another precision; its latencies stay."""
     if precision == "bf16" or precision not in device.peak_flop_rate:
         return surface
-    peak = plain_rates(device).peak[precision]
+    peak = device_rates(device).peak[precision]
     return replace(surface, machine=replace(surface.machine, peak_flop_rate=peak))
 
 
@@ -162,7 +162,7 @@ def _available(precision: str, rates: DeviceRates) -> str:
 def _transferred_gemm(
     device: Device, sizes: tuple[FloatArray, FloatArray, FloatArray], precisions: npt.NDArray[Any]
 ) -> KernelPrediction:
-    rates = plain_rates(device)
+    rates = device_rates(device)
     time_s = np.empty(len(sizes[0]))
     for precision in np.unique(precisions):
         part = precisions == precision
@@ -194,7 +194,7 @@ def _predict_attention(
 def _transferred_attention(
     device: Device, shapes: AttentionShapes, factor: FloatArray, precisions: npt.NDArray[Any]
 ) -> KernelPrediction:
-    rates = plain_rates(device)
+    rates = device_rates(device)
     tokens = shapes.batch * shapes.sequence
     elements = tokens * shapes.head_size * 2.0 * (shapes.heads + shapes.kv_heads)
     time_s = np.empty(len(tokens))
@@ -212,23 +212,6 @@ def _transferred_attention(
             )
             time_s[part] = attention_cost(work, rates, 1)[0]
     return _plain(time_s * factor, figure_error(device.kernels.attention.compute_fraction))
-
-
-def plain_rates(device: Device) -> DeviceRates:
-    """Rates of a device alone, without a software stack."""
-    clock, kernels = device.sustained_clock_fraction.value, device.kernels
-    return DeviceRates(
-        peak={precision: figure.value for precision, figure in device.peak_flop_rate.items()},
-        gemm_fraction=min(kernels.gemm.compute_fraction.value * clock, 1.0),
-        gemm_memory_fraction=kernels.gemm.memory_fraction.value,
-        prologue_length=kernels.gemm.prologue_length.value,
-        gemm_fixed_s=kernels.gemm.fixed_time.value,
-        attention_fraction=min(kernels.attention.compute_fraction.value * clock, 1.0),
-        memory_bandwidth=device.memory_bandwidth.value,
-        traffic_fraction=kernels.memory_bound.memory_fraction.value,
-        traffic_fixed_s=kernels.memory_bound.fixed_time.value,
-        compute_units=device.compute_units.value,
-    )
 
 
 def _plain(time_s: FloatArray, error: float) -> KernelPrediction:
