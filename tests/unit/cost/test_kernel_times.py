@@ -71,7 +71,9 @@ def core_of(
 def test_surfaces_were_fitted_at_the_figures_the_device_profile_has(device):
     """Else asking a surface at the profile's figures would move it."""
     rates, surfaces = RATES[device], RATES[device].surfaces
-    assert surfaces.gemm and surfaces.attention and surfaces.moe
+    assert surfaces.gemm
+    assert surfaces.attention
+    assert surfaces.moe
     figures = (rates.peak["bf16"], rates.memory_bandwidth, rates.compute_units)
     gemm, attention, moe = surfaces.gemm.machine, surfaces.attention, surfaces.moe.machine
     assert (gemm.peak_flop_rate, gemm.memory_bandwidth, gemm.compute_units) == figures
@@ -196,7 +198,8 @@ def test_load_grows_the_tokens_of_each_pass():
 
 def test_ragged_experts_take_the_grouped_formula_after_a_launch():
     surfaces = H100.surfaces
-    assert surfaces.moe and surfaces.gemm
+    assert surfaces.moe
+    assert surfaces.gemm
     shape = tuple(np.array([size]) for size in (300.0, 4096.0, 2048.0))
     alone = grouped_gemm_time_s(surfaces.moe.parameters, surfaces.moe.machine, shape, groups=np.array([16.0]))
     work = gemm_of(300, 4096, 2048, 16, is_ragged=True)
@@ -234,7 +237,8 @@ def test_attention_over_a_context_group_is_its_share_of_whole_sequences():
     context = LoweringContext(scenario.scenario, scenario.system.stack, columns)
     (kind, *_) = layer_sequence(context.model).kinds
     core = next(row.work for row in dense_part(context, kind).operations if row.name == "attention.core")
-    assert isinstance(core, AttentionCore) and core.prefill
+    assert isinstance(core, AttentionCore)
+    assert core.prefill
     assert core.prefill.length[0] == columns["target_length"][0]
     assert core.prefill.sequences[0] == columns["micro_batch"][0] / columns["context"][0]
     assert core.pairs[0] == pytest.approx(core.prefill.sequences[0] * core.prefill.length[0] ** 2, rel=1e-12)
@@ -246,7 +250,8 @@ def test_latent_attention_has_the_head_of_equal_flops():
     context = LoweringContext(scenario.scenario, scenario.system.stack, scenario.columns)
     (kind, *_) = layer_sequence(context.model).kinds
     core = next(row.work for row in dense_part(context, kind).operations if row.name == "attention.core")
-    assert isinstance(core, AttentionCore) and core.prefill
+    assert isinstance(core, AttentionCore)
+    assert core.prefill
     assert core.prefill.head_size == 160
     assert core.prefill.kv_heads[0] == core.heads[0]
 
@@ -264,7 +269,8 @@ def test_experts_are_one_grouped_kernel_but_for_one_hot_dispatch(stack, is_ragge
     operations = moe_part(context, kind, scenario.system.load_factor).operations
     experts = [row.work for row in operations if row.category == "expert_gemm"]
     others = [row.work for row in operations if row.category != "expert_gemm" and isinstance(row.work, Gemm)]
-    assert experts and all(isinstance(work, Gemm) and work.is_ragged == is_ragged for work in experts)
+    assert experts
+    assert all(isinstance(work, Gemm) and work.is_ragged == is_ragged for work in experts)
     assert not any(work.is_ragged for work in others)
 
 
@@ -274,7 +280,8 @@ def test_an_answer_says_which_surfaces_priced_it_and_how_far_off_they_were():
     for operator in SURFACE_OPERATORS:
         figure = figures[f"device.surfaces.{operator}.compute_fraction"]
         assert figure.kind == "fitted"
-        assert figure.error_fraction is not None and 0.01 < figure.error_fraction < 0.2
+        assert figure.error_fraction is not None
+        assert 0.01 < figure.error_fraction < 0.2
         assert figure.source
     assert "device.kernels.gemm.compute_fraction" not in figures
     device = dataclasses.replace(system.hardware.device, surfaces=NO_SURFACES)
