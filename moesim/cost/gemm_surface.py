@@ -22,6 +22,8 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 CHUNK = 64
 """Length of k one iteration of the main loop covers; also the alignment of n and k."""
 ELEMENT_BYTES = 2.0
+FIGURE_TOLERANCE = 1e-3
+"""Relative difference up to which figures of two machines count as the same."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class GemmMachine:
     memory_bandwidth: float
     compute_units: float
     l2_cache_bytes: float
+
+
+def are_same_figures(one: GemmMachine, other: GemmMachine) -> bool:
+    """Whether peak, bandwidth and units agree: residual grids hold for one machine, formulas for all."""
+    pairs = (
+        (one.peak_flop_rate, other.peak_flop_rate),
+        (one.memory_bandwidth, other.memory_bandwidth),
+        (one.compute_units, other.compute_units),
+    )
+    return all(math.isclose(a, b, rel_tol=FIGURE_TOLERANCE) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,8 @@ class GemmSurface:
         m, n, k : array_like
             Sizes, of shapes that broadcast. A size of 0 is no work and takes no time; m below 1 counts as 1.
         machine : GemmMachine, optional
-            Datasheet figures of another device to carry the surface to.
+            Figures at another precision. Where peak, bandwidth or units differ from the surface's, the formula alone
+            answers: the grid was fitted for one machine.
 
         Returns
         -------
@@ -143,7 +156,9 @@ class GemmSurface:
         used = machine or self.machine
         rows, columns, inner = np.broadcast_arrays(*(np.asarray(size, dtype=np.float64) for size in (m, n, k)))
         sizes = tuple(np.maximum(size, 1.0) for size in (rows, columns, inner))
-        time_s = core_time_s(self.core, used, *sizes) * np.exp(grid_value(self.grid, *sizes))
+        time_s = core_time_s(self.core, used, *sizes)
+        if are_same_figures(used, self.machine):
+            time_s = time_s * np.exp(grid_value(self.grid, *sizes))
         time_s = time_s * np.where(columns % CHUNK, self.penalty_n, 1.0) * np.where(inner % CHUNK, self.penalty_k, 1.0)
         flops = 2.0 * rows * columns * inner
         return np.asarray(np.maximum(time_s, flops / used.peak_flop_rate) * (flops > 0))
