@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from moesim.errors import SimulationError
 from moesim.structure.columns import FloatArray, IntArray
+from moesim.structure.topology import sums
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -47,7 +48,7 @@ class Incidence:
 
     def load(self, rate: FloatArray) -> FloatArray:
         """Load of each link, (n_links,) bytes/s, at rates (n_flows,)."""
-        return np.bincount(self.link, self.weight * rate[self.flow], minlength=self.num_links)
+        return sums(self.link, self.weight * rate[self.flow], self.num_links)
 
 
 def max_min_rates(incidence: Incidence, capacity: FloatArray) -> FloatArray:
@@ -89,7 +90,7 @@ def max_min_rates(incidence: Incidence, capacity: FloatArray) -> FloatArray:
     flow, link, weight = incidence.flow, incidence.link, incidence.weight
     by_link = np.argsort(link, kind="stable")
     while len(flow):
-        demand = np.bincount(link, weight, minlength=incidence.num_links)
+        demand = sums(link, weight, incidence.num_links)
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.maximum(free, 0.0) / demand
         own = share[link]
@@ -105,7 +106,7 @@ def max_min_rates(incidence: Incidence, capacity: FloatArray) -> FloatArray:
         if not is_fixed.any():
             raise SimulationError("water-filling found no bottleneck")
         rate[flow[is_fixed]] = of_entry[is_fixed]
-        free -= np.bincount(link[is_fixed], (weight * of_entry)[is_fixed], minlength=incidence.num_links)
+        free -= sums(link[is_fixed], (weight * of_entry)[is_fixed], incidence.num_links)
         rest = ~is_fixed
         place = np.cumsum(rest) - 1
         by_link = place[by_link[rest[by_link]]]

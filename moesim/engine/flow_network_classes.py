@@ -15,8 +15,11 @@ import numpy.typing as npt
 
 from moesim.engine.flow_network import Incidence
 from moesim.structure.columns import FloatArray, IntArray
+from moesim.structure.topology import sums
 
 Hashes = npt.NDArray[np.uint64]
+OWN, LINK = np.uint64(1 << 61), np.uint64(1 << 60)
+"""Added to what is hashed, so that colours of owners, of links and of flows are different things."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def refined(entries: Entries, flow_colour: IntArray, link_colour: IntArray) -> P
             return Partition(flows, np.arange(entries.num_links))
         seen = _mixed(_mixed(flows.astype(np.uint64))[entries.flow] ^ weight)
         links = _split(links, entries.link[by_link], seen[by_link], link_starts)
-        seen = _mixed(_mixed(links.astype(np.uint64) + np.uint64(1 << 40))[entries.link] ^ weight)
+        seen = _mixed(_mixed(links.astype(np.uint64) + LINK)[entries.link] ^ weight)
         flows = _split(flows, entries.flow, seen, flow_starts)
     return Partition(flows, links)
 
@@ -79,7 +82,7 @@ def same_link_classes(incidence: Incidence, flow_colour: IntArray) -> IntArray:
 def summed_incidence(num_flows: int, num_links: int, flow: IntArray, link: IntArray, weight: FloatArray) -> Incidence:
     """Incidence of entries in any order, those of the same flow and link added."""
     pair, index = np.unique(flow * num_links + link, return_inverse=True)
-    return Incidence(num_flows, num_links, pair // num_links, pair % num_links, np.bincount(index, weight))
+    return Incidence(num_flows, num_links, pair // num_links, pair % num_links, sums(index, weight, len(pair)))
 
 
 def _split(colour: IntArray, owner: IntArray, seen: Hashes, starts: IntArray) -> IntArray:
@@ -87,7 +90,8 @@ def _split(colour: IntArray, owner: IntArray, seen: Hashes, starts: IntArray) ->
     total = np.zeros(len(colour), np.uint64)
     if len(owner):
         total[owner[starts]] = np.add.reduceat(seen, starts)
-    return _numbered(_mixed(_mixed(colour.astype(np.uint64)) + total))
+    own = _mixed(colour.astype(np.uint64) + OWN)  # apart from what is seen: a colour 5 is not a neighbour 5
+    return _numbered(_mixed(own + total))
 
 
 def _numbered(colour: npt.NDArray[np.generic]) -> IntArray:

@@ -13,7 +13,7 @@ from moesim.engine.flow_network_events import FlowClasses, Observer, Transmissio
 from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import FloatArray, IntArray
 from moesim.structure.communication_plans import CommunicationPlan, Transfers
-from moesim.structure.topology import TIERS, Routes, Topology
+from moesim.structure.topology import TIERS, Routes, Topology, sums
 from moesim.structure.topology_symmetry import Quotient, RankPattern
 
 LinkFractions = Mapping[str, float]
@@ -41,9 +41,14 @@ class Flows:
     ) -> Flows:
         """Flows of one batch."""
         shape = np.broadcast_shapes(np.shape(source), np.shape(target))
-        ends = [np.broadcast_to(np.asarray(end, dtype=np.int64), shape) for end in (source, target)]
-        amounts = [np.broadcast_to(np.asarray(amount, dtype=np.float64), shape) for amount in (num_bytes, start_s)]
-        return Flows(*ends, *amounts, np.zeros(shape, np.int64), np.array([-1]))
+        return Flows(
+            np.broadcast_to(np.asarray(source, dtype=np.int64), shape),
+            np.broadcast_to(np.asarray(target, dtype=np.int64), shape),
+            np.broadcast_to(np.asarray(num_bytes, dtype=np.float64), shape),
+            np.broadcast_to(np.asarray(start_s, dtype=np.float64), shape),
+            np.zeros(shape, np.int64),
+            np.array([-1]),
+        )
 
     @staticmethod
     def together(parts: list[Flows]) -> Flows:
@@ -161,9 +166,7 @@ def simulate_flows(
     finish = release[flows.batch] + flows.start_s
     finish[kept] = run.end_s[flow_class] + latency
     makespan = float(max(finish.max(initial=0.0), run.batch_end_s.max(initial=0.0)))
-    carried = np.bincount(
-        routes.channel, routes.share * flows.num_bytes[kept][routes.flow], minlength=len(topology.channels)
-    )
+    carried = sums(routes.channel, routes.share * flows.num_bytes[kept][routes.flow], len(topology.channels))
     used = np.flatnonzero(carried)
     use = _link_use(used, np.ones(len(used), np.int64), carried[used], capacity[used], makespan)
     return _result(finish, makespan, use, classes, run)
@@ -234,7 +237,9 @@ def all_to_all_v(
         Device of each rank.
     bytes_of_pairs : ndarray of shape (n_ranks, n_ranks)
         Bytes from each rank (row) to each rank (column); the diagonal stays at home.
-    merge_within, link_fractions
+    merge_within : float
+        As of ``simulate_flows``.
+    link_fractions : mapping, optional
         As of ``simulate_flows``.
     """
     ranks = len(devices_of_ranks)
@@ -299,7 +304,8 @@ def _capacity(topology: Topology, fractions: LinkFractions | None) -> FloatArray
         text = f"link fractions {dict(fractions or {})}"
         raise _bad_traffic(text, f"give numbers above 0 and up to 1 for {', '.join(TIERS)}")
     scale = np.array([(fractions or {}).get(tier, 1.0) for tier in TIERS])
-    return topology.channels.bandwidth * scale[topology.channels.tier]
+    scaled: FloatArray = topology.channels.bandwidth * scale[topology.channels.tier]
+    return scaled
 
 
 def _explicit_classes(
@@ -342,8 +348,8 @@ def _simulate_quotient(
     routes = topology.routing.routes(flows.source, flows.target)
     capacity = _capacity(topology, fractions)
     load = routes.share * (multiplicity[routes.flow] / quotient.class_size[quotient.channel_class[routes.channel]])
-    carried = np.bincount(
-        quotient.channel_class[routes.channel], load * flows.num_bytes[routes.flow], minlength=len(quotient.class_size)
+    carried = sums(
+        quotient.channel_class[routes.channel], load * flows.num_bytes[routes.flow], len(quotient.class_size)
     )
     deciding = _deciding(topology, routes)
     weight = load[~topology.channels.is_redundant[routes.channel]]
@@ -372,9 +378,7 @@ def _deciding(topology: Topology, routes: Routes) -> Routes:
 def _merged_flows(incidence: Incidence, flow_class: IntArray) -> Incidence:
     """Incidence of classes of flows: their loads add."""
     number = int(flow_class.max(initial=-1)) + 1
-    return summed_incidence(
-        number, incidence.num_links, flow_class[incidence.flow], incidence.link, incidence.weight
-    )
+    return summed_incidence(number, incidence.num_links, flow_class[incidence.flow], incidence.link, incidence.weight)
 
 
 def _flow_classes(
@@ -385,7 +389,13 @@ def _flow_classes(
     longest = np.zeros(incidence.num_flows)
     np.maximum.at(longest, flow_class, latency)
     return FlowClasses(
-        incidence, capacity, flows.num_bytes[first], flows.start_s[first], longest, flows.batch[first], flows.batch_after
+        incidence,
+        capacity,
+        flows.num_bytes[first],
+        flows.start_s[first],
+        longest,
+        flows.batch[first],
+        flows.batch_after,
     )
 
 

@@ -29,6 +29,17 @@ TIERS: tuple[Tier, ...] = ("scale_up", "scale_out", "torus")
 VertexKind = Literal["device", "switch", "nic", "chip"]
 
 
+def sums(index: IntArray, value: FloatArray, number: int) -> FloatArray:
+    """Sum of the values of each index, shape (number,).
+
+    Examples
+    --------
+    >>> sums(np.array([0, 2, 2]), np.array([1.0, 2.0, 3.0]), 3).tolist()
+    [1.0, 0.0, 5.0]
+    """
+    return np.asarray(np.bincount(index, value, minlength=number), dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class Links:
     """Directed links, arrays (n_links,): ``source`` and ``target`` are vertices, ``tier`` indexes ``TIERS``."""
@@ -91,7 +102,7 @@ class Routes:
 
     def latency_s(self, channels: Channels) -> FloatArray:
         """Latency of each flow: the sum of its hops (the mean of its paths), shape (n_flows,)."""
-        return np.bincount(self.flow, self.share * channels.latency_s[self.channel], minlength=self.num_flows)
+        return sums(self.flow, self.share * channels.latency_s[self.channel], self.num_flows)
 
 
 def routes_from_padded(channel: IntArray, share: FloatArray | float = 1.0) -> Routes:
@@ -188,7 +199,9 @@ class Topology:
             return []
         first = int(wrong[0])
         ends = f"{self.vertex_names[links.source[first]]} -> {self.vertex_names[links.target[first]]}"
-        message = f"{self.name}: {len(wrong)} links carry nothing, such as {ends} with {links.bandwidth[first]:g} bytes/s"
+        message = (
+            f"{self.name}: {len(wrong)} links carry nothing, such as {ends} with {links.bandwidth[first]:g} bytes/s"
+        )
         return [Problem(code="E-NET-002", message=message, remedy="give every link a positive bandwidth, or remove it")]
 
     def _cut_off_devices(self) -> list[Problem]:

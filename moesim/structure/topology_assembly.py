@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.structure.columns import FloatArray, IntArray
-from moesim.structure.topology import TIERS, BoolArray, Channels, Links, Tier, VertexKind
+from moesim.structure.topology import TIERS, BoolArray, Channels, Links, Tier, VertexKind, sums
 
 LinkFigures = tuple[float, float]
 """Bandwidth (bytes/s) and latency (s) of a link."""
@@ -113,7 +113,7 @@ class Assembly:
         latency, tier = np.zeros(self._num_channels), np.zeros(self._num_channels, np.int64)
         latency[links.channel], tier[links.channel] = links.latency_s, links.tier
         channels = Channels(
-            bandwidth=np.bincount(links.channel, links.bandwidth, minlength=self._num_channels),
+            bandwidth=sums(links.channel, links.bandwidth, self._num_channels),
             latency_s=latency,
             tier=tier,
             family=_joined(self._family),

@@ -8,9 +8,9 @@ non-blocking with at most 32 NIC ports.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
-from functools import reduce
-from math import gcd, prod
+from math import prod
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from moesim.describe.hardware import (
     Cluster,
     Crossbar,
     Device,
-    FatTree,
     HierarchicalFabric,
     LinkLevel,
     LinkMatrix,
@@ -34,7 +33,6 @@ from moesim.structure.topology_networks import OuterNetwork, add_outer_network
 from moesim.structure.topology_symmetry import Digit, DigitSymmetry
 from moesim.structure.topology_tori import TorusShape, add_torus, torus_digits, torus_family
 from moesim.structure.topology_trees import (
-    GroupsBelow,
     StageFigures,
     TreeRouting,
     add_stage,
@@ -130,7 +128,7 @@ def _hierarchy(cluster: Cluster, fabric: HierarchicalFabric, device: Device) -> 
     if is_mesh or not boundaries_form_a_chain(boundaries):
         is_mesh = True
         boundaries = [1, *(number for number in boundaries if number >= first.size)]
-    digits = [Digit(after // before, "permutable") for before, after in zip(boundaries, boundaries[1:], strict=False)]
+    digits = [Digit(after // before, "permutable") for before, after in itertools.pairwise(boundaries)]
     if is_mesh and digits:
         digits[0] = replace(digits[0], kind="fixed")
     return _topology(cluster, assembly, routing, DigitSymmetry(tuple(digits or [Digit(1, "permutable")])))
@@ -162,7 +160,9 @@ def _scale_up(
         case PcieTree():
             return _pcie_tree(cluster, level, device, assembly, wiring.devices_per_switch)
         case _:
-            raise _wrong(cluster, f"{level.name}: a fat tree joins nodes, not the devices of one", "wire them otherwise")
+            raise _wrong(
+                cluster, f"{level.name}: a fat tree joins nodes, not the devices of one", "wire them otherwise"
+            )
 
 
 def _mesh(cluster: Cluster, level: LinkLevel, assembly: Assembly, rates: np.ndarray) -> GraphRouting:

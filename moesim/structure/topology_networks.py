@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from moesim.describe.hardware import Cluster, Device, FatTree, LinkLevel
 from moesim.errors import Problem, ScenarioError
-from moesim.structure.columns import IntArray
 from moesim.structure.topology_assembly import Assembly
 from moesim.structure.topology_trees import (
     GroupsBelow,
@@ -27,7 +25,7 @@ LEAF_PORTS = 32
 
 @dataclass(frozen=True)
 class OuterNetwork:
-    """Routing between domains, the digits it allows, and (NICs, devices) per node if flows change rails inside nodes."""
+    """Routing between domains, the digits it allows, and (NICs, devices) per node where flows change rails inside."""
 
     routing: TreeRouting | None
     boundaries: tuple[int, ...]
@@ -84,7 +82,9 @@ def _wiring(level: LinkLevel, assembly: Assembly) -> FatTree:
     if level.wiring is None:
         is_rail_optimised = level.medium.endswith("rail")
         text = "a leaf per NIC of a node" if is_rail_optimised else "all NICs of a node on one leaf"
-        assembly.assumptions.append(f"{level.name}: {text}, leaves of at most {LEAF_PORTS} NICs, nothing oversubscribed")
+        assembly.assumptions.append(
+            f"{level.name}: {text}, leaves of at most {LEAF_PORTS} NICs, nothing oversubscribed"
+        )
         return FatTree(shape="fat_tree", is_rail_optimised=is_rail_optimised, source="assumed")
     if not isinstance(level.wiring, FatTree):
         message = f"fabric level {level.name}: nodes are joined by a fat tree, not by a {level.wiring.shape}"

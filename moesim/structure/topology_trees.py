@@ -7,6 +7,7 @@ channel, whatever the number of spines.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,8 +80,8 @@ def add_stage(
 ) -> tuple[Stage, GroupsBelow]:
     """Join groups to new switches above them.
 
-    Switch k above a parent is joined to switch k mod n of each group below it: a leaf to every spine, an aggregation
-    switch to its own plane of core switches.
+    Of the n switches of a group and the m above it, link k joins k mod n to k mod m, up to the larger of the two: a
+    leaf to every spine, an aggregation switch to its own plane of core switches. The smaller divides the larger.
 
     Parameters
     ----------
@@ -102,10 +103,11 @@ def add_stage(
     ]
     above = assembly.add_vertices(figures.kind, names).reshape(num_parents, width)
     num_groups, switches = below.vertices.shape
-    lower = below.vertices[:, np.arange(width) % switches].ravel()
-    upper = above[parent].ravel()
-    group_of_link = np.repeat(np.arange(num_groups), width)
-    link = (figures.bandwidth / width, figures.latency_s)
+    number = max(width, switches)
+    lower = below.vertices[:, np.arange(number) % switches].ravel()
+    upper = above[parent][:, np.arange(number) % width].ravel()
+    group_of_link = np.repeat(np.arange(num_groups), number)
+    link = (figures.bandwidth / number, figures.latency_s)
     shared = {
         "link": link,
         "tier": figures.tier,
@@ -130,4 +132,4 @@ def parents_of(below: GroupsBelow, group_above: IntArray) -> IntArray:
 
 def boundaries_form_a_chain(boundaries: Sequence[int]) -> bool:
     """Whether each number divides the next: only then are they digits of the device number."""
-    return all(outer % inner == 0 for inner, outer in zip(boundaries, boundaries[1:], strict=False))
+    return all(outer % inner == 0 for inner, outer in itertools.pairwise(boundaries))
