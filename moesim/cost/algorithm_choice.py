@@ -101,8 +101,10 @@ def choose_algorithms(
         The cases, one or more.
     fabric : Fabric
         Nominal levels.
-    cluster, device
-        What the fabric is of.
+    cluster : Cluster
+        Profile of the cluster.
+    device : Device
+        Its device.
 
     Returns
     -------

@@ -95,7 +95,7 @@ def nccl_choice(
     Parameters
     ----------
     kind : str
-        all_reduce, all_gather or reduce_scatter.
+        One of all_reduce, all_gather, reduce_scatter.
     traffic : GroupTraffic
         The cases.
     levels : tuple of FabricLevel
