@@ -14,7 +14,7 @@ from moesim.cost.algorithm_choice import ideal_fabric, link_style, runnable_algo
 from moesim.cost.collective_algorithms import algorithms_of
 from moesim.cost.collective_demands import Fabric
 from moesim.cost.collectives import required_tiers
-from moesim.describe.hardware import Cluster, Device, Stack
+from moesim.describe.hardware import Cluster, Device, HierarchicalFabric, Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import MoesimError, Problem, ScenarioError, UnitError, nearest_name
 from moesim.structure.columns import FloatArray
@@ -112,7 +112,10 @@ def read_question(question: NetworkQuestion, library: HardwareLibrary) -> Networ
     if question.engine not in get_args(EngineName):
         problems.append(_unknown("engine", question.engine, list(get_args(EngineName))))
     sizes = read_sizes(question.sizes, problems)
-    fabric = ideal_fabric(cluster, device) if cluster is not None and device is not None else None
+    fabric = None
+    if cluster is not None and device is not None:
+        fabric = ideal_fabric(cluster, device)
+        _check_wires(cluster, device, problems)
     extents = _extents(question.ranks, cluster, fabric, problems)
     _check_algorithm(question, kind, fabric, problems)
     shares = _shares(question, kind, problems)
@@ -182,6 +185,19 @@ def _cluster(
     except MoesimError as error:
         problems += error.problems
         return None, None
+
+
+def _check_wires(cluster: Cluster, device: Device, problems: list[Problem]) -> None:
+    """Links that a profile spells out must join all devices, whichever engine is asked."""
+    fabric = cluster.fabric
+    if not isinstance(fabric, HierarchicalFabric) or all(level.wiring is None for level in fabric.levels):
+        return
+    from moesim.structure.topology_builders import build_topology
+
+    try:
+        build_topology(cluster, device)
+    except ScenarioError as error:
+        problems += error.problems
 
 
 def _stack(

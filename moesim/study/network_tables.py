@@ -19,6 +19,7 @@ from moesim.structure.step_graph import Collective, CollectiveKind
 from moesim.study.network_flows import FlowPricer
 from moesim.study.network_questions import AUTO, NetworkCase
 
+IN_SWITCH = "nvls"
 COLUMNS = (
     "size_bytes",
     "algorithm",
@@ -133,7 +134,10 @@ def chosen_algorithms(case: NetworkCase) -> list[Choice]:
         return [Choice("direct" if case.algorithm == AUTO else case.algorithm)] * len(case.sizes)
     if case.algorithm != AUTO:
         return [Choice(case.algorithm)] * len(case.sizes)
-    return choose_algorithms(case.kind, traffic_of(case), case.fabric, case.cluster, case.device)
+    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, case.cluster, case.device)
+    if case.engine == "flow":
+        return [Choice("ring", choice.protocol) if choice.algorithm == IN_SWITCH else choice for choice in chosen]
+    return chosen
 
 
 def _in_closed_form(case: NetworkCase, choices: list[Choice]) -> Iterator[tuple[float, str, float]]:
@@ -182,6 +186,8 @@ def _notes(case: NetworkCase, choices: list[Choice]) -> tuple[str, ...]:
         )
     if case.algorithm == AUTO and any(choice.protocol for choice in choices):
         notes.append("algorithm and protocol as NCCL 2.30.7's tuner takes them")
+    if case.engine == "flow" and case.kind == "all_reduce" and case.algorithm == AUTO:
+        notes.append("flows: switches do not reduce; where the library would use them, a ring is simulated")
     if case.engine == "flow" and any(choice.algorithm != "direct" for choice in choices):
         notes.append("flows: rounds of a plan wait for each other; chunks are not pipelined")
     if case.shares is not None:
