@@ -7,6 +7,7 @@ the flows of a class. A network and its quotient by symmetry are solved by the s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -42,29 +43,58 @@ class Incidence:
     weight: FloatArray
 
     def only(self, is_kept: BoolArray) -> Incidence:
-        """Entries of some flows, which keep their numbers; shape (n_flows,)."""
+        """Some of the flows, (n_flows,), numbered anew in their order."""
         kept = is_kept[self.flow]
-        return Incidence(self.num_flows, self.num_links, self.flow[kept], self.link[kept], self.weight[kept])
+        number = np.cumsum(is_kept) - 1
+        size = int(is_kept.sum())
+        return Incidence(size, self.num_links, number[self.flow[kept]], self.link[kept], self.weight[kept])
+
+    @cached_property
+    def starts(self) -> IntArray:
+        """First entry of each flow, shape (n_flows,)."""
+        return run_starts(self.flow)
 
     def load(self, rate: FloatArray) -> FloatArray:
         """Load of each link, (n_links,) bytes/s, at rates (n_flows,)."""
         return sums(self.link, self.weight * rate[self.flow], self.num_links)
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """Rates (n_flows,) in bytes/s, and the full link that holds each flow, on which none is faster."""
+
+    rate: FloatArray
+    bottleneck: IntArray
+
+
 def max_min_rates(incidence: Incidence, capacity: FloatArray) -> FloatArray:
-    """Rates such that no flow can be faster without slowing one that is not faster.
+    """Rates such that no flow can be faster without slowing one that is not faster; see ``max_min_allocation``.
+
+    Examples
+    --------
+    Two links of 1 and 2 bytes/s; one flow crosses both, one only the second: 1 and 1.
+
+    >>> both = Incidence(2, 2, np.array([0, 0, 1]), np.array([0, 1, 1]), np.ones(3))
+    >>> max_min_rates(both, np.array([1.0, 2.0])).tolist()
+    [1.0, 1.0]
+    """
+    return max_min_allocation(incidence, capacity).rate
+
+
+def max_min_allocation(incidence: Incidence, capacity: FloatArray) -> Allocation:
+    """Water-filling from scratch.
 
     Parameters
     ----------
     incidence : Incidence
-        Entries of the active flows; the others get rate 0.
+        Flows on links.
     capacity : ndarray of shape (n_links,)
         Bytes/s of one link of each class.
 
-    Returns
-    -------
-    ndarray of shape (n_flows,)
-        Bytes/s of each flow.
+    Raises
+    ------
+    SimulationError
+        If it does not end, which would be a defect.
 
     Notes
     -----
@@ -76,16 +106,8 @@ def max_min_rates(incidence: Incidence, capacity: FloatArray) -> FloatArray:
     References
     ----------
     Bertsekas, Gallager, Data Networks (2nd ed.), section 6.5.2.
-
-    Examples
-    --------
-    Two links of 1 and 2 bytes/s; one flow crosses both, one only the second: 1 and 1.
-
-    >>> both = Incidence(2, 2, np.array([0, 0, 1]), np.array([0, 1, 1]), np.ones(3))
-    >>> max_min_rates(both, np.array([1.0, 2.0])).tolist()
-    [1.0, 1.0]
     """
-    rate = np.zeros(incidence.num_flows)
+    rate, bottleneck = np.zeros(incidence.num_flows), np.zeros(incidence.num_flows, np.int64)
     free = capacity.astype(np.float64)
     flow, link, weight = incidence.flow, incidence.link, incidence.weight
     by_link = np.argsort(link, kind="stable")
@@ -94,11 +116,11 @@ def max_min_rates(incidence: Incidence, capacity: FloatArray) -> FloatArray:
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.maximum(free, 0.0) / demand
         own = share[link]
-        start = _starts(flow)
+        start = run_starts(flow)
         smallest = np.minimum.reduceat(own, start)  # of each flow
         length = np.diff(np.append(start, len(flow)))
         of_entry = np.repeat(smallest, length)
-        link_start = _starts(link[by_link])
+        link_start = run_starts(link[by_link])
         least = np.full(incidence.num_links, np.inf)  # of each link: the smallest share its flows see
         least[link[by_link[link_start]]] = np.minimum.reduceat(of_entry[by_link], link_start)
         is_bottleneck = least >= share * (1.0 - TIE)
@@ -106,12 +128,14 @@ def max_min_rates(incidence: Incidence, capacity: FloatArray) -> FloatArray:
         if not is_fixed.any():
             raise SimulationError("water-filling found no bottleneck")
         rate[flow[is_fixed]] = of_entry[is_fixed]
+        holds = is_fixed & is_bottleneck[link]
+        bottleneck[flow[holds]] = link[holds]
         free -= sums(link[is_fixed], (weight * of_entry)[is_fixed], incidence.num_links)
         rest = ~is_fixed
         place = np.cumsum(rest) - 1
         by_link = place[by_link[rest[by_link]]]
         flow, link, weight = flow[rest], link[rest], weight[rest]
-    return rate
+    return Allocation(rate, bottleneck)
 
 
 def bottleneck_slack(incidence: Incidence, capacity: FloatArray, rate: FloatArray) -> float:
@@ -124,7 +148,7 @@ def bottleneck_slack(incidence: Incidence, capacity: FloatArray, rate: FloatArra
     Parameters
     ----------
     incidence : Incidence
-        Entries of the active flows.
+        Flows on links.
     capacity : ndarray of shape (n_links,)
         Bytes/s of one link of each class.
     rate : ndarray of shape (n_flows,)
@@ -139,10 +163,12 @@ def bottleneck_slack(incidence: Incidence, capacity: FloatArray, rate: FloatArra
     fastest_here = fastest[incidence.link]
     lead = 1.0 - np.divide(own, fastest_here, out=np.ones_like(own), where=fastest_here > 0)
     slack = np.maximum(1.0 - filled[incidence.link], lead)
-    worst = float(np.minimum.reduceat(slack, _starts(incidence.flow)).max())
+    worst = float(np.minimum.reduceat(slack, incidence.starts).max())
     return max(worst, float(filled.max()) - 1.0, 0.0)
 
 
-def _starts(numbers: IntArray) -> IntArray:
+def run_starts(numbers: IntArray) -> IntArray:
     """Where each run of equal numbers begins."""
+    if not len(numbers):
+        return np.zeros(0, np.int64)
     return np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1])))

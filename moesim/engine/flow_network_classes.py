@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moesim.engine.flow_network import Incidence
+from moesim.engine.flow_network import Incidence, run_starts
 from moesim.structure.columns import FloatArray, IntArray
 from moesim.structure.topology import sums
 
@@ -58,7 +58,7 @@ def refined(entries: Entries, flow_colour: IntArray, link_colour: IntArray) -> P
     """
     flows, links = _numbered(flow_colour), _numbered(link_colour)
     by_link = np.argsort(entries.link, kind="stable")
-    link_starts, flow_starts = _run_starts(entries.link[by_link]), _run_starts(entries.flow)
+    link_starts, flow_starts = run_starts(entries.link[by_link]), run_starts(entries.flow)
     weight = _mixed(entries.weight.view(np.uint64))
     sizes = (-1, -1)
     while (flows.max(initial=-1), links.max(initial=-1)) != sizes:
@@ -74,7 +74,7 @@ def refined(entries: Entries, flow_colour: IntArray, link_colour: IntArray) -> P
 
 def same_link_classes(incidence: Incidence, flow_colour: IntArray) -> IntArray:
     """Number flows so that those of equal colour on the same set of links are one; shape (n_flows,)."""
-    starts = _run_starts(incidence.flow)
+    starts = run_starts(incidence.flow)
     seen = _mixed(incidence.link.astype(np.uint64))
     return _split(_numbered(flow_colour), incidence.flow, seen, starts)
 
@@ -105,9 +105,3 @@ def _mixed(value: Hashes) -> Hashes:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
-
-
-def _run_starts(numbers: IntArray) -> IntArray:
-    if not len(numbers):
-        return np.zeros(0, np.int64)
-    return np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1])))

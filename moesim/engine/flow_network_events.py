@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.engine.flow_network import Incidence, bottleneck_slack, max_min_rates
+from moesim.engine.flow_network import Allocation, BoolArray, bottleneck_slack
+from moesim.engine.flow_network_updates import updated_allocation
 from moesim.errors import SimulationError
 from moesim.structure.columns import FloatArray, IntArray
 
@@ -15,6 +16,10 @@ SLACK = 1e-11
 """Rates whose certificate fails by no more than rounding are kept after an event."""
 SAME_TIME = 1e-12
 """Relative difference below which two ends are one event."""
+NEARLY = 1e-9
+"""Links filled to all but this part count as full."""
+ALWAYS_EXACT = 256
+"""As few active classes as this are never merged: events are cheap, and the last of them decide the time."""
 
 Observer = Callable[[float, float, IntArray, FloatArray], None]
 """Called with begin and end of an interval, the classes active in it (n_active,) and their rates (n_active,)."""
@@ -51,12 +56,13 @@ class FlowClasses:
 class Transmission:
     """When the classes' last bytes leave (``end_s``, without latency) and batches end (with it).
 
-    ``over_sent_bytes`` (n_links,) is what flows sent beyond their bytes in merged windows, on one link of each class.
+    ``misallotted_s`` (n_links,): over all merged windows, by how much time the bytes that a link carried differ from
+    what it carries when it is full.
     """
 
     end_s: FloatArray
     batch_end_s: FloatArray
-    over_sent_bytes: FloatArray
+    misallotted_s: FloatArray
     num_events: int
     num_solutions: int
 
@@ -69,8 +75,8 @@ def transmit(classes: FlowClasses, *, merge_within: float = 0.0, observer: Obser
     classes : FlowClasses
         Flows and links.
     merge_within : float
-        0 for exact events. Else rates stay as they are from the first end in a window until the window closes, this
-        part of the elapsed time later; ends are those at these rates. Only for flows of one batch.
+        0 for exact events. Else ends within this part of the ideal time (that of the busiest link, always full) are
+        one event while more than 256 classes are active: see ``_Run.merge``. Only for flows of one batch.
     observer : callable, optional
         Sees every interval.
 
@@ -90,19 +96,22 @@ class _Run:
 
     def __init__(self, classes: FlowClasses, merge_within: float, observer: Observer | None) -> None:
         self.classes = classes
-        self.merge_within = merge_within
         self.observer = observer
         num_flows, num_batches = len(classes.num_bytes), len(classes.batch_after)
         self.now = 0.0
         self.end_s = np.full(num_flows, np.nan)
-        self.over_sent = np.zeros(num_flows)
+        self.ahead_s, self.misallotted_s = np.zeros((2, classes.incidence.num_links))
+        ideal_s = classes.incidence.load(classes.num_bytes) / classes.capacity
+        self.window_s = merge_within * float(ideal_s.max(initial=0.0))
         self.batch_end_s = np.zeros(num_batches)
         self.open_in_batch = np.bincount(classes.batch, minlength=num_batches)
         self.release_s = np.full(num_batches, np.inf)
         self.waiting = np.arange(num_flows)
         self.active = np.zeros(0, np.int64)
-        self.remaining, self.rate = np.zeros(0), np.zeros(num_flows)
+        self.remaining, self.rate = np.zeros(0), np.zeros(0)
+        self.bottleneck = np.zeros(0, np.int64)
         self.entries = classes.incidence.only(np.zeros(num_flows, np.bool_))
+        self.is_current = self.tries_certificate = True
         self.num_events = self.num_solutions = 0
         for batch in np.flatnonzero(classes.batch_after < 0):
             self._release(int(batch), 0.0)
@@ -125,21 +134,54 @@ class _Run:
                 return False
             self.now = begin
             return True
-        self._update_rates(must_solve=starts)
-        rate = self.rate[self.active]
+        self._update_rates(has_new_flows=starts)
+        rate = self.rate
         if not (rate > 0).all():
             raise SimulationError("a flow has no bandwidth")
         ends = self.now + self.remaining / rate
-        first_end, begin = float(ends.min()), self._begin_of_waiting()
-        until = min(first_end * (1.0 + self.merge_within), begin) if first_end <= begin else begin
+        self.num_events += 1
+        until = min(float(ends.min()), self._begin_of_waiting())
+        if self.window_s and len(self.active) > ALWAYS_EXACT and self._merge(ends, until):
+            return True
         is_done = ends <= until * (1.0 + SAME_TIME)
-        if is_done.all() and self.merge_within:
-            until = float(ends.max())
         if self.observer:
             self.observer(self.now, until, self.active, rate)
-        self._finish(is_done, ends, until, rate)
+        self.remaining -= rate * (until - self.now)
+        self._end(is_done, ends)
         self.now = until
-        self.num_events += 1
+        return True
+
+    def _merge(self, ends: FloatArray, first_end: float) -> bool:
+        """Advance by a window with several ends; False if there are none to merge.
+
+        Flows that end in it keep the rates of its begin. The others send at the mean of their rates at its begin and at
+        its close, when those have gone: the trapezoidal rule, whose error falls with the square of the window. Full
+        links then carry a little more or less than they can; that is added up as ``misallotted_s``.
+        """
+        until = min(self.now + self.window_s, self._begin_of_waiting())
+        is_done = ends <= until
+        if until <= first_end * (1.0 + SAME_TIME) or (ends[is_done] <= first_end * (1.0 + SAME_TIME)).all():
+            return False
+        entries, capacity, length = self.entries, self.classes.capacity, until - self.now
+        is_left = ~is_done
+        left = entries.only(is_left)
+        after = updated_allocation(left, capacity, Allocation(self.rate[is_left], self.bottleneck[is_left]))
+        self.num_solutions += 1
+        sent = self.remaining.copy()
+        mean = 0.5 * (self.rate[is_left] + after.rate)
+        sent[is_left] = np.minimum(mean * length, self.remaining[is_left])
+        is_full = np.minimum(entries.load(self.rate), left.load(after.rate)) >= capacity * (1.0 - NEARLY)
+        surplus_s = entries.load(sent) / capacity - length
+        self.ahead_s += np.where(is_full, surplus_s, np.maximum(surplus_s, 0.0))
+        self.misallotted_s = np.maximum(self.misallotted_s, np.abs(self.ahead_s))
+        ends = ends.copy()
+        ends[is_left] = self.now + self.remaining[is_left] / mean
+        self.remaining -= sent
+        self.rate[is_left], self.bottleneck[is_left] = after.rate, after.bottleneck
+        is_over = ends <= until
+        self._end(is_over, ends)
+        self.is_current = bool((is_over == is_done).all())
+        self.now = until
         return True
 
     def _begin_of_waiting(self) -> float:
@@ -157,31 +199,51 @@ class _Run:
             return False
         due = self.waiting[is_due]
         self.waiting = self.waiting[~is_due]
-        self.active = np.concatenate((self.active, due))
-        self.remaining = np.concatenate((self.remaining, self.classes.num_bytes[due]))
+        self._merge_in(due)
+        return True
+
+    def _merge_in(self, due: IntArray) -> None:
+        """Add flows to the active ones, which stay sorted; nothing is known of what holds the new ones."""
+        active = np.concatenate((self.active, due))
+        order = np.argsort(active, kind="stable")
+        self.active = active[order]
+        self.remaining = np.concatenate((self.remaining, self.classes.num_bytes[due]))[order]
+        self.rate = np.concatenate((self.rate, np.zeros(len(due))))[order]
+        self.bottleneck = np.concatenate((self.bottleneck, np.full(len(due), -1)))[order]
         is_active = np.zeros(len(self.end_s), np.bool_)
         is_active[self.active] = True
         self.entries = self.classes.incidence.only(is_active)
-        return True
 
-    def _update_rates(self, *, must_solve: bool) -> None:
-        """Keep the rates if they are still max-min fair, else solve again."""
+    def _update_rates(self, *, has_new_flows: bool) -> None:
+        """Keep the rates if they are still max-min fair, else solve again.
+
+        The certificate is tried as long as it keeps holding, then again once a solution brought the same rates.
+        """
+        if self.is_current and not has_new_flows:
+            return
         capacity = self.classes.capacity
-        if must_solve or bottleneck_slack(self.entries, capacity, self.rate) > SLACK:
-            self.rate = max_min_rates(self.entries, capacity)
-            self.num_solutions += 1
+        if self.tries_certificate and not has_new_flows:
+            if bottleneck_slack(self.entries, capacity, self.rate) <= SLACK:
+                self.is_current = True
+                return
+            self.tries_certificate = False
+        allocation = updated_allocation(self.entries, capacity, Allocation(self.rate, self.bottleneck))
+        if has_new_flows or np.allclose(allocation.rate, self.rate, rtol=SLACK, atol=0.0):
+            self.tries_certificate = True
+        self.rate, self.bottleneck = allocation.rate, allocation.bottleneck
+        self.num_solutions += 1
+        self.is_current = True
 
-    def _finish(self, is_done: np.ndarray, ends: FloatArray, until: float, rate: FloatArray) -> None:
-        """Take what was sent off the remaining bytes and end flows."""
-        done = self.active[is_done]
+    def _end(self, is_done: BoolArray, ends: FloatArray) -> None:
+        """Take flows off the active ones; their links have room, so that rates may no longer be fair."""
+        if not is_done.any():
+            return
+        done, is_left = self.active[is_done], ~is_done
         self.end_s[done] = ends[is_done]
-        self.over_sent[done] = np.maximum(until - ends[is_done], 0.0) * rate[is_done]
-        self.rate[done] = 0.0
-        self.remaining = (self.remaining - rate * (until - self.now))[~is_done]
-        self.active = self.active[~is_done]
-        is_kept = np.ones(len(self.end_s), np.bool_)
-        is_kept[done] = False
-        self.entries = self.entries.only(is_kept)
+        self.active, self.remaining = self.active[is_left], self.remaining[is_left]
+        self.rate, self.bottleneck = self.rate[is_left], self.bottleneck[is_left]
+        self.entries = self.entries.only(is_left)
+        self.is_current = False
         self._end_batches(done)
 
     def _end_batches(self, done: IntArray) -> None:
@@ -195,5 +257,4 @@ class _Run:
 
     def result(self) -> Transmission:
         """What happened."""
-        over_sent = self.classes.incidence.load(self.over_sent)
-        return Transmission(self.end_s, self.batch_end_s, over_sent, self.num_events, self.num_solutions)
+        return Transmission(self.end_s, self.batch_end_s, self.misallotted_s, self.num_events, self.num_solutions)

@@ -95,7 +95,7 @@ class FlowResult:
     links : LinkUse
         Bytes and utilisation of the links.
     error_bound : float
-        With merged windows: the largest part of the time in which a link sent what it need not have; 0 when exact.
+        With merged windows: the largest part of the time by which a link's bytes were misallotted; 0 when exact.
     num_flow_classes, num_link_classes, num_events, num_solutions : int
         Size of what was simulated: classes, events, and how often rates were solved for.
     """
@@ -135,7 +135,7 @@ def simulate_flows(
     flows : Flows
         Who sends how much to whom, and when.
     merge_within : float
-        0 for exact events, else ends within this part of the elapsed time are merged: see ``transmit``.
+        0 for exact events, else ends within this part of the ideal time are merged: see ``transmit``.
     by_symmetry : bool
         Whether flows that nothing tells apart are simulated once; the answer is the same.
     link_fractions : mapping, optional
@@ -150,9 +150,10 @@ def simulate_flows(
 
     Notes
     -----
-    With merged windows flows send beyond their bytes until the window closes. The run is then the exact one of a
-    traffic that is larger by what was over-sent; ``error_bound`` is the largest such part of any link's time. It bounds
-    the makespan's error to first order (a theorem it is not: max-min sharing is not monotone in its traffic).
+    With merged windows the links carry a little more or less than they can while they are full: ``error_bound`` is the
+    sum of these differences over all windows, without regard to their sign, on the link where it is largest, as a
+    part of the makespan. To first order it bounds the error of the makespan (it is no theorem: max-min sharing is not
+    monotone in its traffic); a test compares with exact runs.
     """
     _check_flows(topology, flows)
     carries = (flows.num_bytes > 0) & (flows.source != flows.target)
@@ -416,7 +417,7 @@ def _result(
     finish_s: FloatArray, makespan_s: float, links: LinkUse, classes: FlowClasses, run: Transmission
 ) -> FlowResult:
     last = float(run.end_s.max(initial=0.0))
-    bound = float((run.over_sent_bytes / classes.capacity).max(initial=0.0) / last) if last > 0 else 0.0
+    bound = float(run.misallotted_s.max(initial=0.0) / last) if last > 0 else 0.0
     return FlowResult(
         finish_s,
         makespan_s,
