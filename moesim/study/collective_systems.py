@@ -83,6 +83,13 @@ APART: tuple[tuple[str, str], ...] = (
 """Tables in disorder by name, with the reason; shell patterns over a table's id."""
 
 
+APART_KINDS: tuple[tuple[str, str, str], ...] = (
+    ("uccl_norm_*", "ep_combine", "UCCL's normal combine: rates fall and rise again with nodes"),
+    ("*_nvshmem_*", "alltoall", "NVSHMEM's all-to-all: not a collective library"),
+)
+"""Collectives of tables in disorder: pattern of the table, beginning of the collective, reason."""
+
+
 @dataclass(frozen=True)
 class SystemFacts:
     """What a table was measured on.
@@ -141,7 +148,12 @@ def facts_of_row(row: Mapping[str, str]) -> SystemFacts | str:
 
 
 def _ranks_per_domain(row: Mapping[str, str], num_ranks: int, per_node: int) -> int:
-    """A rack of NVL72 is one domain, and so is whatever names no NIC; else a node."""
+    """A rack of NVL72 is one domain, and so is whatever names no NIC; else a node.
+
+    Kernels that use NICs only have none.
+    """
+    if "pure RDMA" in row["topology"]:
+        return 1
     if re.search(r"NVL72|MNNVL", row["topology"] + row["system"]):
         racks = re.search(r"(\d+) racks", row["topology"])
         return num_ranks // int(racks.group(1)) if racks else min(num_ranks, NVL72_DEVICES)
@@ -187,6 +199,9 @@ def _is_legacy(version: str) -> bool:
 def _reason_apart(row: Mapping[str, str], facts: SystemFacts) -> str:
     """By name first, then by what no constants were fitted for."""
     named = next((reason for pattern, reason in APART if fnmatch(row["id"], pattern)), "")
+    for pattern, collective, reason in APART_KINDS:
+        if fnmatch(row["id"], pattern) and row["collective"].startswith(collective):
+            named = named or reason
     if named:
         return named
     if facts.library == "pcie_host":

@@ -209,7 +209,8 @@ def _moe_row(row: Mapping[str, str]) -> CollectiveRow | str:
         if per_token is None or tokens is None:
             return "neither bytes nor tokens are given"
         num_bytes = int(tokens.group(1)) * CHOICES * per_token
-    time_us, printed_gbps = _number(row, "time_us"), _number(row, "busbw_GBps")
+    time_us = _number(row, "time_us")
+    printed_gbps = _number(row, "busbw_GBps") or _number(row, "algbw_GBps")
     is_derived = time_us is None
     if time_us is None:
         if printed_gbps is None:
