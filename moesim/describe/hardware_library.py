@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from moesim.describe.documents import problems_from_validation, read_document
 from moesim.describe.hardware import Cluster, Device, HierarchicalFabric, Stack
+from moesim.describe.library_constants import expanded_stack
 from moesim.errors import FormatError, Problem, ScenarioError, nearest_name
 from moesim.resources import profile_directories
 
@@ -80,7 +81,7 @@ class HardwareLibrary:
         if path is None:
             raise ScenarioError([self.unknown_name(kind, name, field)])
         if path not in self._read_already:
-            self._read_already[path] = _read_profile(path, model)
+            self._read_already[path] = _read_profile(path, model, self._directories)
         profile = self._read_already[path]
         assert isinstance(profile, model)
         return profile
@@ -96,10 +97,11 @@ class HardwareLibrary:
         )
 
 
-def _read_profile(path: Path, model: type[Profile]) -> Profile:
+def _read_profile(path: Path, model: type[Profile], directories: Sequence[Path]) -> Profile:
     document = read_document(path)
+    data = expanded_stack(document.data, directories, path) if model is Stack else document.data
     try:
-        profile: Profile = model.model_validate(document.data)
+        profile: Profile = model.model_validate(data)
     except ValidationError as error:
         raise FormatError(list(problems_from_validation(document, error, model))) from None
     if profile.id != path.stem:
