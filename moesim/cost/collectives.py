@@ -44,6 +44,7 @@ DEFAULT_ALGORITHMS: dict[CollectiveKind, str] = {
     "all_reduce": "hierarchical_ring",
     "all_gather": "hierarchical_ring",
     "reduce_scatter": "hierarchical_ring",
+    "broadcast": "binomial_tree",
     "point_to_point": "send",
 }
 """Algorithm of each kind of collective in an estimate."""
@@ -166,7 +167,7 @@ def _fraction(kind: CollectiveKind, level: LevelRates) -> float:
             return level.all_to_all_fraction
         case "point_to_point":
             return level.point_to_point_fraction
-        case "all_reduce" | "all_gather" | "reduce_scatter":
+        case "all_reduce" | "all_gather" | "reduce_scatter" | "broadcast":
             return level.reduce_fraction
 
 
@@ -179,5 +180,5 @@ def _latency_s(kind: CollectiveKind, level: LevelRates, asks: LevelDemand, exten
             return np.asarray((extent > 1) * base + hops + asks.peers * level.peer_latency_s)
         case "point_to_point":
             return asks.rounds * level.round_latency_s
-        case "all_reduce" | "all_gather" | "reduce_scatter":
+        case "all_reduce" | "all_gather" | "reduce_scatter" | "broadcast":
             return (extent > 1) * level.base_latency_s + asks.rounds * level.round_latency_s

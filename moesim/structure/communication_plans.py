@@ -39,9 +39,7 @@ class Transfers:
     adds: bool = False
 
     @staticmethod
-    def of(
-        moves: Iterable[tuple[int, int, Sequence[int]]], block_bytes: FloatArray, *, adds: bool = False
-    ) -> Transfers:
+    def of(moves: Iterable[Move], block_bytes: FloatArray, *, adds: bool = False) -> Transfers:
         """Build a round from (source, target, blocks); a transfer's bytes are those of its blocks.
 
         Examples
@@ -70,20 +68,27 @@ class Transfers:
 
 
 Chain = tuple[Transfers, ...]
+Move = tuple[int, int, Sequence[int]]
+"""Source, target and the blocks that go from one to the other."""
 
 
 @dataclass(frozen=True)
 class CommunicationPlan:
     """What a collective sends: chains run at the same time, the rounds of a chain one after another.
 
+    A plan says itself what it is for: a block that several ranks start with is to be summed over them; whoever ends
+    with it needs all of the sum.
+
     Attributes
     ----------
     num_ranks : int
         Members of the group.
     chains : tuple of tuple of Transfers
-        A chain's round starts when its previous round has ended.
+        A chain's round starts when its previous round has ended; chains have no blocks in common.
     block_bytes : ndarray of shape (n_blocks,)
         Size of each data block.
+    starts, ends : ndarray of shape (n, 2)
+        Block and rank: who has the block, or its contribution to it, before; who must have it after.
     num_switches : int
         Switches that take part, numbered from ``num_ranks`` on.
     """
@@ -91,6 +96,8 @@ class CommunicationPlan:
     num_ranks: int
     chains: tuple[Chain, ...]
     block_bytes: FloatArray
+    starts: IntArray
+    ends: IntArray
     num_switches: int = 0
 
     @property

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from moesim.cost.collective_demands import CollectiveDemand, Fabric, GroupTraffic
 from moesim.structure.columns import FloatArray
+from moesim.structure.communication_plans import CommunicationPlan
+from moesim.structure.group_layouts import GroupLayout
 from moesim.structure.step_graph import CollectiveKind
+
+LinkStyle = Literal["switched", "torus"]
+SWITCHED: tuple[LinkStyle, ...] = ("switched",)
+TORUS: tuple[LinkStyle, ...] = ("torus",)
+ANY_LINKS: tuple[LinkStyle, ...] = ("switched", "torus")
 
 
 class AbstractAlgorithm(ABC):
-    """One way to carry out some kinds of collectives: what it asks of each level of links.
+    """One way to carry out some kinds of collectives: what it asks of each level of links, and an explicit plan.
+
+    The two agree: a plan executed on idle links takes what ``ideal_time_s`` makes of the demand.
 
     Attributes
     ----------
@@ -21,10 +30,17 @@ class AbstractAlgorithm(ABC):
         Name within a kind, as in ``--algorithm``.
     kinds : tuple of str
         Collectives it can carry out.
+    links : tuple of str
+        Whether it runs on switched levels, on a torus, or both.
+    phases_overlap : bool
+        Whether an all-reduce spreads the first sums while it still reduces others. On a line without its closing link
+        this decides: reduce-scatter fills the links that all-gather leaves idle.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[CollectiveKind, ...]]
+    links: ClassVar[tuple[LinkStyle, ...]] = SWITCHED
+    phases_overlap: ClassVar[bool] = True
 
     @abstractmethod
     def demand(self, kind: CollectiveKind, traffic: GroupTraffic, fabric: Fabric) -> CollectiveDemand:
@@ -43,6 +59,25 @@ class AbstractAlgorithm(ABC):
         -------
         CollectiveDemand
             Arrays of shape (n_cases,).
+        """
+
+    @abstractmethod
+    def plan(self, kind: CollectiveKind, num_bytes: float, layout: GroupLayout) -> CommunicationPlan:
+        """Who sends which blocks to whom in which round, for one group.
+
+        Parameters
+        ----------
+        kind : str
+            One of ``kinds``.
+        num_bytes : float
+            As in ``GroupTraffic``.
+        layout : GroupLayout
+            Where the group's ranks stand.
+
+        Returns
+        -------
+        CommunicationPlan
+            Rounds of transfers between ranks of the group.
         """
 
 
