@@ -82,13 +82,16 @@ class LevelRates(FabricLevel):
 class FabricRates(Fabric):
     """Levels of a fabric under one stack, innermost first.
 
-    ``own_copy``: link time of a byte that a rank moves to itself, in bytes; ``levels_exponent`` p combines the levels'
-    wire times of a direct exchange, (sum t^p)^(1/p): infinite where they run beside each other.
+    ``own_copy``: link time of a byte that a rank moves to itself, in bytes, in reductions and gathers, and
+    ``exchange_own_copy`` in exchanges; ``exchange_algorithm`` of all-to-alls; ``levels_exponent`` p combines the levels'
+    wire times of an exchange, (sum t^p)^(1/p): infinite where they run beside each other.
     """
 
     levels: tuple[LevelRates, ...]
     devices_per_chip: int
     own_copy: Constant = 0.0
+    exchange_own_copy: Constant = 0.0
+    exchange_algorithm: str = "direct"
     levels_exponent: float = np.inf
 
 
@@ -153,36 +156,32 @@ def transfer(
         Arrays of shape (n_cases,).
     """
     shape = traffic.num_bytes.shape
+    is_exchange, is_one_message = demand.algorithm == fabric.exchange_algorithm, demand.levels_combine == "slowest"
+    own_copy = fabric.exchange_own_copy if is_exchange else fabric.own_copy
     latency, pipelining = np.zeros(shape), np.zeros(shape)
     wires, alone = [], []
     for index, (asks, protocol) in enumerate(zip(demand.levels, protocols, strict=True)):
         level, extent = fabric.levels[index], traffic.extents[index]
         enters = extent > 1
-        own = fabric.own_copy * demand.own_bytes if index == 0 else 0.0
+        own = own_copy * demand.own_bytes if index == 0 else 0.0
         wires.append((asks.wire_bytes + own) / (level.bandwidth * protocol.fraction))
-        base = protocol.base_s if index == 0 and not level.is_ring else enters * protocol.base_s
+        starts = index == 0 and not level.is_ring and not is_one_message
+        base = protocol.base_s if starts else enters * protocol.base_s
         level_s = base + asks.rounds * protocol.round_s + asks.peers * protocol.peer_s
         level_s = level_s + np.log2(extent) * protocol.doubling_s
         latency = latency + level_s
         alone.append(level_s)
         pipelining = np.where(enters, protocol.pipelining, pipelining)
-    if demand.levels_combine == "slowest":
+    if is_one_message:
         slowest = np.argmax(np.stack([a + w for a, w in zip(alone, wires, strict=True)]), axis=0)[None]
         latency = np.take_along_axis(np.stack(alone), slowest, axis=0)[0]
         return Transfer(latency, np.take_along_axis(np.stack(wires), slowest, axis=0)[0], pipelining)
-    return Transfer(latency, _combined(np.stack(wires), demand, fabric.levels_exponent), pipelining)
-
-
-def _combined(wires: FloatArray, demand: CollectiveDemand, exponent: float) -> FloatArray:
+    exponent = fabric.levels_exponent if is_exchange else np.inf
     if demand.levels_combine == "serial":
-        return np.asarray(wires.sum(axis=0))
-    if np.isinf(exponent) or demand.algorithm not in EXCHANGES:
-        return np.asarray(wires.max(axis=0))
-    return np.asarray((wires**exponent).sum(axis=0) ** (1.0 / exponent))
-
-
-EXCHANGES = frozenset({"direct", "rail_aligned"})
-"""Algorithms whose levels share the sender's engines; a ring's levels are pipelined."""
+        exponent = 1.0
+    if np.isinf(exponent):
+        return Transfer(latency, np.max(wires, axis=0), pipelining)
+    return Transfer(latency, np.asarray((np.stack(wires) ** exponent).sum(axis=0) ** (1.0 / exponent)), pipelining)
 
 
 def library_time_s(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> FloatArray:
@@ -190,16 +189,19 @@ def library_time_s(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRa
     match kind:
         case "all_to_all":
             return exchange_time_s(traffic, fabric)
+        case "broadcast":
+            demand = algorithms_of(kind)["binomial_tree"].demand(kind, traffic, fabric)
+            return transfer(demand, [level.reduction for level in fabric.levels], traffic, fabric).time_s
         case "point_to_point":
             demand = algorithms_of(kind)["send"].demand(kind, traffic, fabric)
             return transfer(demand, [level.message for level in fabric.levels], traffic, fabric).time_s
-        case _:
+        case "all_reduce" | "all_gather" | "reduce_scatter":
             return reduction_time_s(kind, traffic, fabric)
 
 
-def exchange_time_s(traffic: GroupTraffic, fabric: FabricRates, algorithm: str = "direct") -> FloatArray:
-    """All-to-all as grouped sends: the faster protocol."""
-    demand = algorithms_of("all_to_all")[algorithm].demand("all_to_all", traffic, fabric)
+def exchange_time_s(traffic: GroupTraffic, fabric: FabricRates) -> FloatArray:
+    """All-to-all: the faster protocol."""
+    demand = algorithms_of("all_to_all")[fabric.exchange_algorithm].demand("all_to_all", traffic, fabric)
     bulk = transfer(demand, [level.exchange for level in fabric.levels], traffic, fabric)
     if all(level.quick_exchange is None for level in fabric.levels):
         return bulk.time_s

@@ -179,7 +179,8 @@ class CollectiveFit:
         link, nic = self._link[members], self._nic[members]
         inner = node_level(node, link=link, latency_unit_s=legacy, start_s=start, has_in_switch=self._has_nvls[members])
         outer = network_level(network, nic=nic, latency_unit_s=legacy)
-        return FabricRates((inner, outer), 1, own_copy=constants.common["own_copy"])
+        own_copy = constants.common["own_copy"]
+        return FabricRates((inner, outer), 1, own_copy=own_copy, exchange_own_copy=own_copy)
 
     def fit(
         self, rows: BoolArray | None = None, start: FloatArray | None = None, *, evaluations: int = 30

@@ -126,10 +126,10 @@ class MoeFit:
             members = chosen[kind_of_row[chosen] == index]
             if len(members):
                 traffic = GroupTraffic(self._bytes[members], self._extents[:, members], kind.copies)
-                predicted[members] = exchange_time_s(traffic, self._fabric(constants, members), kind.algorithm)
+                predicted[members] = exchange_time_s(traffic, self._fabric(constants, members, kind.algorithm))
         return predicted[chosen]
 
-    def _fabric(self, constants: MoeConstants, members: IntArray) -> FabricRates:
+    def _fabric(self, constants: MoeConstants, members: IntArray, algorithm: str) -> FabricRates:
         library, combines = self._library[members], self._is_combine[members]
         values = {
             name: np.array([by_library[one] for one in self.libraries])[library]
@@ -158,7 +158,13 @@ class MoeFit:
             LevelRates(name, 1, 1.0, False, False, False, 0.0, protocol, protocol, protocol)
             for name, protocol in (("node", inner), ("network", outer))
         )
-        return FabricRates(levels, 1, own_copy=values["own_copy"], levels_exponent=LEVELS_EXPONENT)
+        return FabricRates(
+            levels,
+            1,
+            exchange_own_copy=values["own_copy"],
+            exchange_algorithm=algorithm,
+            levels_exponent=LEVELS_EXPONENT,
+        )
 
     def fit(
         self, rows: BoolArray | None = None, start: FloatArray | None = None, *, evaluations: int = 20
