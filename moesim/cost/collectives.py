@@ -1,7 +1,6 @@
-"""Seconds of collectives: an algorithm's ideal demand, and what the stack's library makes of it, in one place.
+"""Seconds of collectives: a cluster's levels of links joined with what the stack's library makes of them.
 
-Ideal part: rounds and bytes on each level of links (``collective_algorithms``). What a library makes of it (base
-latency, latency per round and peer, fraction of bandwidth) comes from the stack, per tier of links.
+Demands are the algorithms' (``collective_algorithms``), the library's part is ``communication_libraries``'.
 """
 
 from __future__ import annotations
@@ -11,43 +10,38 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.collective_algorithms import algorithms_of
-from moesim.cost.collective_demands import CollectiveDemand, Fabric, FabricLevel, GroupTraffic, LevelDemand
-from moesim.describe.hardware import Cluster, CollectiveTier, Device, HierarchicalFabric, Stack, TorusFabric
+from moesim.cost.collective_demands import GroupTraffic, wire_time_s
+from moesim.cost.communication_libraries import (
+    SMALLEST_IN_SWITCH,
+    FabricRates,
+    LevelRates,
+    Protocol,
+    library_time_s,
+)
+from moesim.cost.measured_levels import LevelMeasurement, with_measurements
+from moesim.describe.hardware import (
+    Cluster,
+    CollectiveTier,
+    Device,
+    HierarchicalFabric,
+    LinkLevel,
+    ProtocolConstants,
+    Stack,
+    TorusFabric,
+)
+from moesim.describe.quantities import Figure
 from moesim.structure.columns import FloatArray
 from moesim.structure.placement import group_extents
 from moesim.structure.step_graph import Collective, CollectiveKind
 
-
-@dataclass(frozen=True)
-class LevelRates(FabricLevel):
-    """One level of the fabric under one stack, SI."""
-
-    base_latency_s: float
-    all_to_all_base_latency_s: float
-    round_latency_s: float
-    peer_latency_s: float
-    reduce_fraction: float
-    all_to_all_fraction: float
-    point_to_point_fraction: float
-
-
-@dataclass(frozen=True)
-class FabricRates(Fabric):
-    """Levels of a fabric under one stack, innermost first."""
-
-    levels: tuple[LevelRates, ...]
-    devices_per_chip: int
-
-
-DEFAULT_ALGORITHMS: dict[CollectiveKind, str] = {
-    "all_to_all": "direct",
-    "all_reduce": "hierarchical_ring",
-    "all_gather": "hierarchical_ring",
-    "reduce_scatter": "hierarchical_ring",
-    "broadcast": "binomial_tree",
-    "point_to_point": "send",
+IDEAL_ALGORITHMS: dict[CollectiveKind, tuple[str, ...]] = {
+    "all_reduce": ("hierarchical_ring", "ring", "tree"),
+    "all_gather": ("hierarchical_ring", "ring"),
+    "reduce_scatter": ("hierarchical_ring", "ring"),
+    "broadcast": ("binomial_tree",),
+    "point_to_point": ("send",),
 }
-"""Algorithm of each kind of collective in an estimate."""
+"""Algorithms whose least wire time at nominal bandwidth is ideal; all-to-all has the library's own."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +59,24 @@ def fabric_rates(cluster: Cluster, device: Device, stack: Stack) -> FabricRates:
     ------
     KeyError
         If the stack has no constants for a tier; legality checks report it before.
+    ScenarioError
+        If a measurement of a level cannot be: see ``measured_levels``.
     """
     fabric = cluster.fabric
-    if isinstance(fabric, HierarchicalFabric):
-        levels = tuple(
-            _level(
-                level.name,
-                level.size,
-                level.bandwidth_per_device.value,
-                level.latency.value,
-                stack.collectives[level.tier],
-            )
-            for level in fabric.levels
-        )
-        return FabricRates(levels, 1)
-    return FabricRates(_torus_levels(fabric, device, stack), device.devices_per_chip)
+    if isinstance(fabric, TorusFabric):
+        return FabricRates(_torus_levels(fabric, device, stack), device.devices_per_chip)
+    levels = tuple(_switched_level(level, stack.collectives[level.tier]) for level in fabric.levels)
+    inner = stack.collectives[fabric.levels[0].tier]
+    own_copy = _value(inner.own_copy)
+    rates = FabricRates(
+        levels,
+        1,
+        own_copy=own_copy,
+        exchange_own_copy=own_copy if inner.all_to_all_own_copy is None else inner.all_to_all_own_copy.value,
+        exchange_algorithm="rail_aligned" if stack.sends_one_copy_per_node else "direct",
+        levels_exponent=inner.levels_exponent.value if inner.levels_exponent else np.inf,
+    )
+    return with_measurements(rates, [_measurement(level) for level in fabric.levels])
 
 
 def required_tiers(cluster: Cluster) -> set[str]:
@@ -89,29 +86,44 @@ def required_tiers(cluster: Cluster) -> set[str]:
     return {level.tier for level in cluster.fabric.levels}
 
 
+def _measurement(level: LinkLevel) -> LevelMeasurement:
+    return LevelMeasurement(
+        domains=level.measured_domains or level.size,
+        latency_s=level.measured_latency.value if level.measured_latency else None,
+        bus_bandwidth=level.measured_bus_bandwidth.value if level.measured_bus_bandwidth else None,
+    )
+
+
+def _value(figure: Figure | None) -> float:
+    return figure.value if figure else 0.0
+
+
 def _torus_levels(fabric: TorusFabric, device: Device, stack: Stack) -> tuple[LevelRates, ...]:
     tier = stack.collectives["torus"]
-    bandwidth = fabric.link_bandwidth.value
+    bandwidth, hop_s = fabric.link_bandwidth.value, fabric.hop_latency.value
     levels = []
     if device.devices_per_chip > 1:
         on_chip = fabric.on_chip_bandwidth.value if fabric.on_chip_bandwidth else 4 * bandwidth
-        levels.append(_level("chip", device.devices_per_chip, on_chip, 0.0, tier))
+        levels.append(_torus_level("chip", device.devices_per_chip, on_chip, 0.0, tier, is_ring=False))
     for axis, (size, wraps) in enumerate(zip(fabric.dimensions, fabric.wraparound, strict=True)):
-        name = f"torus_{'xyz'[axis]}"
-        levels.append(_level(name, size, bandwidth, fabric.hop_latency.value, tier, is_ring=True, wraps=wraps))
+        levels.append(_torus_level(f"torus_{'xyz'[axis]}", size, bandwidth, hop_s, tier, wraps=wraps))
     return tuple(levels)
 
 
-def _level(
+def _torus_level(
     name: str,
     size: int,
     bandwidth: float,
-    hop_latency_s: float,
+    hop_s: float,
     tier: CollectiveTier,
     *,
-    is_ring: bool = False,
+    is_ring: bool = True,
     wraps: bool = False,
 ) -> LevelRates:
+    """An axis of a torus, or the devices of a chip: linear, an all-to-all's messages take their hops."""
+    round_s = max(tier.round_latency.value, hop_s)
+    base_s, peer_s = _value(tier.base_latency), tier.peer_latency.value
+    exchange_s = base_s + _value(tier.all_to_all_base_latency)
     return LevelRates(
         name=name,
         size=size,
@@ -119,14 +131,65 @@ def _level(
         is_ring=is_ring,
         wraps=wraps,
         all_to_all_wraps=wraps and tier.all_to_all_uses_wraparound,
-        hop_latency_s=hop_latency_s,
-        base_latency_s=tier.base_latency.value if tier.base_latency else 0.0,
-        all_to_all_base_latency_s=tier.all_to_all_base_latency.value if tier.all_to_all_base_latency else 0.0,
-        round_latency_s=max(tier.round_latency.value, hop_latency_s),
-        peer_latency_s=tier.peer_latency.value,
-        reduce_fraction=tier.reduce_fraction.value,
-        all_to_all_fraction=tier.all_to_all_fraction.value,
-        point_to_point_fraction=tier.point_to_point_fraction.value,
+        hop_latency_s=hop_s,
+        reduction=Protocol(base_s, round_s, 0.0, 0.0, tier.reduce_fraction.value, 0.0),
+        exchange=Protocol(exchange_s, hop_s, peer_s, 0.0, tier.all_to_all_fraction.value, 0.0),
+        message=Protocol(0.0, round_s, 0.0, 0.0, tier.point_to_point_fraction.value, 0.0),
+    )
+
+
+def _switched_level(level: LinkLevel, tier: CollectiveTier) -> LevelRates:
+    base_s, hop_s = _value(tier.base_latency), level.latency.value
+    exchange_s = tier.all_to_all_base_latency.value if tier.all_to_all_base_latency else base_s
+    message_s = max(
+        tier.point_to_point_latency.value if tier.point_to_point_latency else tier.round_latency.value, hop_s
+    )
+    exchange_c = _value(tier.all_to_all_pipelining)
+    return LevelRates(
+        name=level.name,
+        size=level.size,
+        bandwidth=level.bandwidth_per_device.value,
+        is_ring=False,
+        wraps=False,
+        all_to_all_wraps=False,
+        hop_latency_s=hop_s,
+        reduction=Protocol(
+            base_s,
+            max(tier.round_latency.value, hop_s),
+            0.0,
+            0.0,
+            tier.reduce_fraction.value,
+            _value(tier.pipelining),
+        ),
+        exchange=Protocol(
+            exchange_s,
+            0.0,
+            tier.peer_latency.value,
+            _value(tier.all_to_all_doubling_latency),
+            tier.all_to_all_fraction.value,
+            exchange_c,
+        ),
+        message=Protocol(message_s, 0.0, 0.0, 0.0, tier.point_to_point_fraction.value, exchange_c),
+        quick_reduction=_protocol(tier.quick, hop_s),
+        quick_exchange=_protocol(tier.quick_all_to_all, hop_s),
+        in_switch=_protocol(tier.in_switch, 0.0),
+        switch_s=tier.switch_time.value if tier.switch_time else np.inf,
+        in_switch_s=tier.in_switch_time.value if tier.in_switch_time else np.inf,
+    )
+
+
+def _protocol(constants: ProtocolConstants | None, hop_s: float) -> Protocol | None:
+    """A second protocol; a round never takes less than the hop that the fabric states."""
+    if constants is None:
+        return None
+    round_s = max(constants.round_latency.value, hop_s) if constants.round_latency else 0.0
+    return Protocol(
+        _value(constants.base_latency),
+        round_s,
+        _value(constants.peer_latency),
+        0.0,
+        constants.fraction.value,
+        _value(constants.pipelining),
     )
 
 
@@ -135,50 +198,23 @@ def collective_time(work: Collective, fabric: FabricRates) -> CollectiveTime:
     extents = group_extents(work.group, fabric.sizes)
     shape = np.broadcast_shapes(extents.shape[1:], work.num_bytes.shape)
     extents = np.broadcast_to(extents, (extents.shape[0], *shape))
-    num_bytes = np.broadcast_to(work.num_bytes, shape)
-    algorithm = algorithms_of(work.kind)[DEFAULT_ALGORITHMS[work.kind]]
-    demand = algorithm.demand(work.kind, GroupTraffic(num_bytes, extents, work.copies), fabric)
-    times = _library_time(work.kind, demand, extents, fabric)
-    happens = (num_bytes > 0) & (np.broadcast_to(work.group.size, shape) > 1)
-    return CollectiveTime(times.modelled_s * happens, times.ideal_s * happens)
+    traffic = GroupTraffic(np.broadcast_to(work.num_bytes, shape), extents, work.copies)
+    happens = (traffic.num_bytes > 0) & (np.broadcast_to(work.group.size, shape) > 1)
+    modelled_s = library_time_s(work.kind, traffic, fabric)
+    return CollectiveTime(modelled_s * happens, ideal_wire_time_s(work.kind, traffic, fabric) * happens)
 
 
-def _library_time(
-    kind: CollectiveKind, demand: CollectiveDemand, extents: FloatArray, fabric: FabricRates
-) -> CollectiveTime:
-    """Latencies and fractions of the stack applied to an ideal demand, level by level."""
-    ideal, wire, latency = (np.zeros(extents.shape[1:]) for _ in range(3))
-    slowest = ideal
-    for level, asks, extent in zip(fabric.levels, demand.levels, extents, strict=True):
-        ideal_s = asks.wire_bytes / level.bandwidth
-        wire_s = ideal_s / _fraction(kind, level)
-        latency_s = _latency_s(kind, level, asks, extent)
-        ideal = np.maximum(ideal, ideal_s)
-        wire = np.maximum(wire, wire_s)
-        latency = latency + latency_s
-        slowest = np.maximum(slowest, latency_s + wire_s)
-    return CollectiveTime(slowest if demand.levels_combine == "slowest" else latency + wire, ideal)
-
-
-def _fraction(kind: CollectiveKind, level: LevelRates) -> float:
-    """Fraction of the nominal bandwidth that large messages of a kind reach."""
-    match kind:
-        case "all_to_all":
-            return level.all_to_all_fraction
-        case "point_to_point":
-            return level.point_to_point_fraction
-        case "all_reduce" | "all_gather" | "reduce_scatter" | "broadcast":
-            return level.reduce_fraction
-
-
-def _latency_s(kind: CollectiveKind, level: LevelRates, asks: LevelDemand, extent: FloatArray) -> FloatArray:
-    """Base latency of a level that is entered, latency per round, and per peer of an all-to-all."""
-    match kind:
-        case "all_to_all":
-            base = level.base_latency_s + level.all_to_all_base_latency_s
-            hops = asks.rounds * level.hop_latency_s if level.is_ring else 0.0
-            return np.asarray((extent > 1) * base + hops + asks.peers * level.peer_latency_s)
-        case "point_to_point":
-            return asks.rounds * level.round_latency_s
-        case "all_reduce" | "all_gather" | "reduce_scatter" | "broadcast":
-            return (extent > 1) * level.base_latency_s + asks.rounds * level.round_latency_s
+def ideal_wire_time_s(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> FloatArray:
+    """Wire time at nominal bandwidth of the algorithm that needs least, (n_cases,)."""
+    bandwidths = [level.bandwidth for level in fabric.levels]
+    is_torus = any(level.is_ring for level in fabric.levels)
+    names = (fabric.exchange_algorithm,) if kind == "all_to_all" else IDEAL_ALGORITHMS[kind]
+    known = algorithms_of(kind)
+    times = [
+        wire_time_s(known[name].demand(kind, traffic, fabric), bandwidths)
+        for name in (names[:1] if is_torus else names)
+    ]
+    if kind == "all_reduce" and fabric.levels[0].in_switch is not None:
+        switched = wire_time_s(known["nvls"].demand(kind, traffic, fabric), bandwidths)
+        times.append(np.where(traffic.extents[0] > SMALLEST_IN_SWITCH, switched, np.inf))
+    return np.asarray(np.min(times, axis=0)) if len(times) > 1 else times[0]
