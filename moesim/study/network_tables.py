@@ -10,13 +10,15 @@ import numpy as np
 
 from moesim.cost.algorithm_choice import Choice, choose_algorithms, runnable_algorithms
 from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic, ideal_time_s
-from moesim.cost.collectives import collective_time, fabric_rates
+from moesim.cost.collectives import fabric_rates
+from moesim.cost.communication_libraries import library_time_s
 from moesim.cost.exchange_matrices import matrix_demand
+from moesim.describe.hardware import HierarchicalFabric
 from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import FloatArray
-from moesim.structure.placement import ProcessGroup
-from moesim.structure.step_graph import Collective, CollectiveKind
+from moesim.structure.step_graph import CollectiveKind
 from moesim.study.network_flows import FlowPricer
+from moesim.study.network_pricing import flows_under_library_s, link_fractions, named_algorithm_s
 from moesim.study.network_questions import AUTO, NetworkCase
 
 IN_SWITCH = "nvls"
@@ -165,17 +167,39 @@ def _demand(case: NetworkCase, name: str, traffic: GroupTraffic) -> CollectiveDe
 
 
 def _time_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic) -> FloatArray:
-    """Ideal time, or what the stack makes of it."""
+    """Ideal time, or what the stack makes of it: of its own choice, or of the algorithm that was named."""
     if case.stack is None:
         return ideal_time_s(demand, case.fabric)
-    group = ProcessGroup(np.array([float(case.ranks)]), np.ones(1))
-    work = Collective(case.kind, case.sizes, group)
-    return collective_time(work, fabric_rates(case.cluster, case.device, case.stack)).modelled_s
+    rates = fabric_rates(case.cluster, case.device, case.stack)
+    if case.algorithm == AUTO and case.shares is None:
+        return library_time_s(case.kind, traffic, rates)
+    return named_algorithm_s(case.kind, demand, traffic, rates)
 
 
 def _by_flows(case: NetworkCase, choices: list[Choice]) -> Iterator[tuple[float, str, float]]:
-    pricer = FlowPricer(case)
-    return (pricer.price(choice.algorithm, float(size)) for choice, size in zip(choices, case.sizes, strict=True))
+    pricer, traffic = FlowPricer(case), traffic_of(case)
+    rates = fabric_rates(case.cluster, case.device, case.stack) if case.stack is not None else None
+    if rates is not None:
+        pricer.slow_links(link_fractions(case.kind, _tiers(case), rates))
+    for index, (choice, size) in enumerate(zip(choices, case.sizes, strict=True)):
+        flows_s, link, busy_s = pricer.price(choice.algorithm, float(size))
+        if rates is None:
+            yield flows_s, link, busy_s / flows_s if flows_s > 0 else 0.0
+            continue
+        algorithm = runnable_algorithms(case.kind, case.fabric)[choice.algorithm]
+        one = GroupTraffic(traffic.num_bytes[[index]], traffic.extents[:, [index]])
+        wire_s = np.array([max(flows_s - pricer.empty_s(choice.algorithm), 0.0)])
+        demand = algorithm.demand(case.kind, one, rates)
+        time_s = float(flows_under_library_s(case.kind, demand, one, rates, wire_s)[0])
+        yield time_s, link, busy_s / time_s
+
+
+def _tiers(case: NetworkCase) -> list[str]:
+    """Tier of each level of the fabric."""
+    fabric = case.cluster.fabric
+    if isinstance(fabric, HierarchicalFabric):
+        return [level.tier for level in fabric.levels]
+    return ["torus"] * len(case.fabric.levels)
 
 
 def _notes(case: NetworkCase, choices: list[Choice]) -> tuple[str, ...]:

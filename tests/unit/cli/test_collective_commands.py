@@ -116,6 +116,39 @@ def test_a_stack_takes_longer_than_ideal_links(capsys):
     assert all(one["time_s"] < other["time_s"] for one, other in zip(ideal, real, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("profile", "ranks", "stack"), [(HOPPER, 64, "megatron_core_nccl"), ("tpu_v4_8x8x8", 512, "xla_gspmd_modern")]
+)
+def test_a_stack_makes_the_same_of_flows_and_of_the_closed_form(capsys, profile, ranks, stack):
+    """One place applies latency, fractions and pipelining; without contention both engines agree."""
+    arguments = (
+        profile,
+        "--collective",
+        "all_to_all",
+        "--ranks",
+        str(ranks),
+        "--sizes",
+        "64KiB,64MiB",
+        "--stack",
+        stack,
+    )
+    arguments = (*arguments, "--algorithm", "direct")
+    ways = [rows_of(capsys, *arguments, "--engine", engine) for engine in ("closed", "flow")]
+    for closed, flow in zip(*ways, strict=True):
+        assert flow["time_s"] == pytest.approx(closed["time_s"], rel=0.02)
+        assert flow["busiest_link_utilisation"] == pytest.approx(closed["busiest_link_utilisation"], rel=0.02)
+
+
+def test_a_named_algorithm_is_priced_with_the_constants_of_the_stack(capsys):
+    """Two stages send few long messages: less latency for short buffers, more time for long ones."""
+    arguments = (HOPPER, "--collective", "all_to_all", "--ranks", "64", "--sizes", "1KiB,1GiB", "--stack")
+    direct, staged = (
+        rows_of(capsys, *arguments, "megatron_core_nccl", "--algorithm", name) for name in ("direct", "hierarchical")
+    )
+    assert staged[0]["time_s"] < direct[0]["time_s"]
+    assert staged[1]["time_s"] > direct[1]["time_s"]
+
+
 def test_a_token_matrix_sets_the_busiest_rank(capsys, tmp_path):
     """Rank 0 sends twice what the others do: its 2 x 8/9 of the mean at 450 GB/s, 7/8 of it to others."""
     path = tmp_path / "tokens.csv"
