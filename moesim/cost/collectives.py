@@ -141,7 +141,9 @@ def _torus_level(
 def _switched_level(level: LinkLevel, tier: CollectiveTier) -> LevelRates:
     base_s, hop_s = _value(tier.base_latency), level.latency.value
     exchange_s = tier.all_to_all_base_latency.value if tier.all_to_all_base_latency else base_s
-    message_s = max(tier.point_to_point_latency.value if tier.point_to_point_latency else tier.round_latency.value, hop_s)
+    message_s = max(
+        tier.point_to_point_latency.value if tier.point_to_point_latency else tier.round_latency.value, hop_s
+    )
     exchange_c = _value(tier.all_to_all_pipelining)
     return LevelRates(
         name=level.name,
@@ -209,7 +211,8 @@ def ideal_wire_time_s(kind: CollectiveKind, traffic: GroupTraffic, fabric: Fabri
     names = (fabric.exchange_algorithm,) if kind == "all_to_all" else IDEAL_ALGORITHMS[kind]
     known = algorithms_of(kind)
     times = [
-        wire_time_s(known[name].demand(kind, traffic, fabric), bandwidths) for name in (names[:1] if is_torus else names)
+        wire_time_s(known[name].demand(kind, traffic, fabric), bandwidths)
+        for name in (names[:1] if is_torus else names)
     ]
     if kind == "all_reduce" and fabric.levels[0].in_switch is not None:
         switched = wire_time_s(known["nvls"].demand(kind, traffic, fabric), bandwidths)

@@ -17,6 +17,7 @@ from moesim.describe.quantities import (
     FlopRateFigure,
     Fraction,
     FrequencyFigure,
+    NonNegativeCount,
     NumberFigure,
     PowerFigure,
     Precision,
@@ -85,11 +86,59 @@ class Device(Description):
     notes: str = ""
 
 
+class Crossbar(Description):
+    """Switches that join all members at full rate; ``boards`` of them joined by a backplane of full rate (DGX-2)."""
+
+    shape: Literal["crossbar"]
+    boards: Count = 1
+    source: Annotated[str, Field(min_length=3)]
+
+
+class LinkMatrix(Description):
+    """Direct links between members: ``links[i][j]`` parallel links of ``link_bandwidth`` each, one direction."""
+
+    shape: Literal["link_matrix"]
+    links: Annotated[list[list[NonNegativeCount]], Field(min_length=1)]
+    link_bandwidth: BandwidthFigure
+    source: Annotated[str, Field(min_length=3)]
+
+
+class PcieTree(Description):
+    """PCIe switches with ``devices_per_switch`` members, all below one root."""
+
+    shape: Literal["pcie_tree"]
+    devices_per_switch: Count
+    source: Annotated[str, Field(min_length=3)]
+
+
+class FatTree(Description):
+    """Leaf switches below spines, or below the aggregation switches of pods below a core.
+
+    ``domains_per_leaf`` members of the level inside share a leaf (or, rail-optimised, a leaf per NIC of a node);
+    ``leaves_per_pod`` such groups form a pod (all of them in a two-level tree). Oversubscription is bandwidth into a
+    switch from below over bandwidth out of it upwards, 1 where nothing is given. Between rails, a flow goes through
+    the scale-up links to the GPU on its target's rail (``forward``, NCCL's PXN) or through the spines (``spine``).
+    """
+
+    shape: Literal["fat_tree"]
+    domains_per_leaf: Count | None = None
+    leaves_per_pod: Count | None = None
+    leaf_oversubscription: NumberFigure | None = None
+    pod_oversubscription: NumberFigure | None = None
+    is_rail_optimised: Flag
+    between_rails: Literal["forward", "spine"] = "forward"
+    source: Annotated[str, Field(min_length=3)]
+
+
+Wiring = Annotated[Crossbar | LinkMatrix | PcieTree | FatTree, Field(discriminator="shape")]
+
+
 class LinkLevel(Description):
     """One level of a hierarchical fabric: ``size`` members of the level inside it are joined by it.
 
     ``bandwidth_per_device`` is one direction, with every device of the cluster active at once: a 100 Gb/s NIC shared
-    by eight devices gives 12.5 Gb/s.
+    by eight devices gives 12.5 Gb/s. ``wiring`` says how, where the medium does not; ``structure.topology_builders``
+    says what is taken otherwise.
 
     One measurement of the whole level, or both, fix what the library makes of it (``cost.measured_levels``):
     ``measured_latency`` of a small all-reduce (1 KiB or less) and ``measured_bus_bandwidth`` of a large one as
@@ -104,6 +153,7 @@ class LinkLevel(Description):
     bandwidth_per_device: BandwidthFigure
     latency: DurationFigure
     nics_per_node: Count | None = None
+    wiring: Wiring | None = None
     measured_latency: DurationFigure | None = None
     measured_bus_bandwidth: BandwidthFigure | None = None
     measured_domains: Annotated[int, Field(ge=2, le=INT64_MAX, strict=True)] | None = None

@@ -63,6 +63,16 @@ class HardwareLibrary:
         """Read a cluster profile; raises as ``device``."""
         return self._read("clusters", name, Cluster, "cluster")
 
+    def cluster_file(self, path: Path) -> Cluster:
+        """Read a cluster profile that stands outside the library's directories.
+
+        Raises
+        ------
+        FormatError
+            If the file is missing or wrong.
+        """
+        return _read_profile(path, Cluster, self._directories)
+
     def stack(self, name: str) -> Stack:
         """Read a software stack profile; raises as ``device``."""
         return self._read("stacks", name, Stack, "stack")

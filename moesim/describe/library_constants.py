@@ -79,7 +79,9 @@ def _figures(constants: dict[str, Any], document: dict[str, Any]) -> dict[str, A
         if isinstance(value, dict):
             figures[key] = _figures(value, document)
         else:
-            error = document["latency_error_fraction"] if isinstance(value, str) else document["fraction_error_fraction"]
+            error = (
+                document["latency_error_fraction"] if isinstance(value, str) else document["fraction_error_fraction"]
+            )
             kind, source = document["kind"], document["source"]
             figures[key] = {"value": value, "kind": kind, "source": source, "error_fraction": error}
     return figures

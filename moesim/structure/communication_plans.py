@@ -6,7 +6,7 @@ Ranks are 0 .. n - 1 within the group; numbers from n on are switches that reduc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -87,18 +87,18 @@ class CommunicationPlan:
         A chain's round starts when its previous round has ended; chains have no blocks in common.
     block_bytes : ndarray of shape (n_blocks,)
         Size of each data block.
-    starts, ends : ndarray of shape (n, 2)
-        Block and rank: who has the block, or its contribution to it, before; who must have it after.
     num_switches : int
         Switches that take part, numbered from ``num_ranks`` on.
+    starts, ends : ndarray of shape (n, 2)
+        Block and rank: who has the block, or its contribution to it, before; who must have it after.
     """
 
     num_ranks: int
     chains: tuple[Chain, ...]
     block_bytes: FloatArray
-    starts: IntArray
-    ends: IntArray
     num_switches: int = 0
+    starts: IntArray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    ends: IntArray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
 
     @property
     def num_rounds(self) -> int:

@@ -39,7 +39,7 @@ def execute_symbolically(plan: CommunicationPlan) -> Holdings:
     >>> there = Transfers.of([(1, 0, [0])], blocks, adds=True)
     >>> back = Transfers.of([(0, 1, [0])], blocks)
     >>> both = np.array([[0, 0], [0, 1]])
-    >>> execute_symbolically(CommunicationPlan(2, ((there, back),), blocks, both, both))
+    >>> execute_symbolically(CommunicationPlan(2, ((there, back),), blocks, starts=both, ends=both))
     [{0: 3}, {0: 3}]
     """
     holdings: Holdings = [{} for _ in range(plan.num_ranks + plan.num_switches)]

@@ -39,7 +39,14 @@ KERNEL_KINDS: dict[str, KernelKind] = {
     "one_domain": KernelKind(
         "direct",
         RoutedCopies(float(CHOICES), np.inf),
-        {"base": 14.0, "doubling": 15.0, "fraction": 0.6, "network_fraction": 0.8, "pipelining": 0.15, "combine_peer": 0.2},
+        {
+            "base": 14.0,
+            "doubling": 15.0,
+            "fraction": 0.6,
+            "network_fraction": 0.8,
+            "pipelining": 0.15,
+            "combine_peer": 0.2,
+        },
     ),
 }
 """Normal kernels send one copy per node and forward it; low-latency ones every choice by itself (MORI: one per node);
@@ -199,7 +206,5 @@ class MoeFit:
             return columns
 
         x0 = np.zeros(len(self.spreads)) if start is None else start
-        result = least_squares(
-            residuals, x0, jac=jacobian, method="lm", x_scale=self.spreads, max_nfev=evaluations
-        )
+        result = least_squares(residuals, x0, jac=jacobian, method="lm", x_scale=self.spreads, max_nfev=evaluations)
         return np.asarray(result.x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesim.cost.collective_algorithms.algorithm import AbstractAlgorithm
-from moesim.cost.collective_algorithms.broadcasts import BinomialBroadcast, PipelinedBroadcast
+from moesim.cost.collective_algorithms.broadcasts import BinomialBroadcast, PipelinedBroadcast, TorusBroadcast
 from moesim.cost.collective_algorithms.exchanges import BruckAllToAll, DirectAllToAll, PairwiseAllToAll
 from moesim.cost.collective_algorithms.in_network import Nvls
 from moesim.cost.collective_algorithms.point_to_point import PointToPoint
@@ -32,6 +32,7 @@ ALGORITHMS: tuple[AbstractAlgorithm, ...] = (
     Recursive(),
     PipelinedBroadcast(),
     BinomialBroadcast(),
+    TorusBroadcast(),
     PointToPoint(),
 )
 """Every algorithm there is. A new one stands here; tests find it and hold its plan against its demand."""

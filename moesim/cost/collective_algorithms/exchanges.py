@@ -70,7 +70,8 @@ class AbstractAllToAll(AbstractAlgorithm):
         blocks = np.arange(len(block_bytes))
         starts = np.stack([blocks, np.tile(source, parts)], axis=1)
         ends = np.stack([blocks, np.tile(target, parts)], axis=1)
-        return CommunicationPlan(ranks, tuple(chain for chain in chains if chain), block_bytes, starts, ends)
+        kept = tuple(chain for chain in chains if chain)
+        return CommunicationPlan(ranks, kept, block_bytes, starts=starts, ends=ends)
 
 
 def _routed_chain(start: IntArray, places: Sequence[IntArray], offset: int, block_bytes: FloatArray) -> Chain:

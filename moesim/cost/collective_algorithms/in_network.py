@@ -81,9 +81,8 @@ class Nvls(AbstractAlgorithm):
             chains.append((*up, *between, *down) if size > 1 else between)
         blocks = np.arange(len(trees))
         everyone = np.stack([np.repeat(blocks, ranks), np.tile(np.arange(ranks), len(trees))], axis=1)
-        return CommunicationPlan(
-            ranks, tuple(chain for chain in chains if chain), block_bytes, everyone, everyone, ranks // size
-        )
+        kept = tuple(chain for chain in chains if chain)
+        return CommunicationPlan(ranks, kept, block_bytes, ranks // size, starts=everyone, ends=everyone)
 
 
 def _no_edges(size: int) -> Edges:

@@ -61,4 +61,4 @@ class PointToPoint(AbstractAlgorithm):
         starts = np.array([[block, source] for block, (source, _) in enumerate(pairs)], np.int64).reshape(-1, 2)
         ends = np.array([[block, target] for block, (_, target) in enumerate(pairs)], np.int64).reshape(-1, 2)
         chains = ((Transfers.of(moves, block_bytes),),) if moves else ()
-        return CommunicationPlan(layout.num_ranks, chains, block_bytes, starts, ends)
+        return CommunicationPlan(layout.num_ranks, chains, block_bytes, starts=starts, ends=ends)

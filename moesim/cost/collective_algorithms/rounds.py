@@ -48,7 +48,8 @@ def plan_of(
     starts = owned if kind in ("all_gather", "broadcast") else everywhere
     ends = owned if kind == "reduce_scatter" else everywhere
     built = tuple(chain_of(kind, rounds, block_bytes) for rounds in chains)
-    return CommunicationPlan(num_ranks, tuple(chain for chain in built if chain), block_bytes, starts, ends)
+    chosen = tuple(chain for chain in built if chain)
+    return CommunicationPlan(num_ranks, chosen, block_bytes, starts=starts, ends=ends)
 
 
 def side_by_side(parts: Iterable[Rounds]) -> Rounds:

@@ -162,7 +162,8 @@ def plan_of_tokens(
     starts = np.array([[token, source] for token, source in enumerate(sources)], dtype=np.int64).reshape(-1, 2)
     ends = [[token, rank] for token, ranks in enumerate(chosen) for rank in sorted(set(ranks))]
     chains = (tuple(rounds),) if rounds else ()
-    return CommunicationPlan(layout.num_ranks, chains, block_bytes, starts, np.array(ends, np.int64).reshape(-1, 2))
+    wanted = np.array(ends, dtype=np.int64).reshape(-1, 2)
+    return CommunicationPlan(layout.num_ranks, chains, block_bytes, starts=starts, ends=wanted)
 
 
 @final

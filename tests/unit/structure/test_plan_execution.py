@@ -17,7 +17,7 @@ RANK_0_HAS_0 = np.array([[0, 0]])
 
 
 def plan(*rounds, starts=BOTH_HAVE_0, ends=BOTH_HAVE_0, ranks=2):
-    return CommunicationPlan(ranks, (tuple(rounds),), BLOCKS, starts, ends)
+    return CommunicationPlan(ranks, (tuple(rounds),), BLOCKS, starts=starts, ends=ends)
 
 
 def test_a_sum_and_its_way_back_are_fine():
