@@ -12,6 +12,7 @@ import typer
 
 from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_TOLERANCE
 from moesim.cli.collective_commands import network
+from moesim.cli.collective_validation_commands import validate_collectives_command
 from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
 
 if TYPE_CHECKING:
@@ -349,6 +350,9 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option("--tolerance", min=0.0, help="Exit with 1 if the median error of what was not fitted is above this."),
 ]
+
+
+validate_commands.command("collectives")(validate_collectives_command)
 
 
 @validate_commands.command("papers")

@@ -16,6 +16,8 @@ NAMES = ("library", "all_to_all_library")
 def expanded_stack(data: Any, directories: Sequence[Path], path: Path) -> Any:
     """A stack's document with the constants of the libraries its tiers name; the tier's own keys go before.
 
+    An ``all_to_all_library`` replaces what ``library`` says of all-to-alls, its quick protocol too.
+
     Parameters
     ----------
     data : any
@@ -45,6 +47,8 @@ def expanded_stack(data: Any, directories: Sequence[Path], path: Path) -> Any:
         constants: dict[str, Any] = {}
         for key in NAMES:
             if isinstance(stated.get(key), str):
+                if key == "all_to_all_library":
+                    constants.pop("quick_all_to_all", None)
                 constants.update(library_figures(stated[key], directories, path, f"collectives.{tier}.{key}"))
         expanded[tier] = {**constants, **stated}
     return {**data, "collectives": expanded}

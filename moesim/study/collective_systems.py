@@ -140,7 +140,7 @@ def facts_of_row(row: Mapping[str, str]) -> SystemFacts | str:
         ranks_per_domain=inside,
         domains=num_ranks // inside,
         has_nvls=library in NVLS_LIBRARIES and not re.search(r"NVLS_ENABLE=0|algo Ring", words),
-        is_torch_timed=row["id"].startswith("mleng_") or "torch" in row["library_version"],
+        is_torch_timed=row["id"].startswith("mleng_"),
         is_legacy=_is_legacy(row["library_version"]),
         apart="",
     )

@@ -139,7 +139,7 @@ class MoeFit:
     def _fabric(self, constants: MoeConstants, members: IntArray, algorithm: str) -> FabricRates:
         library, combines = self._library[members], self._is_combine[members]
         values = {
-            name: np.array([by_library[one] for one in self.libraries])[library]
+            name: np.array([by_library.get(one, np.nan) for one in self.libraries])[library]
             for name, by_library in constants.values.items()
         }
         unit_s = np.where(combines, values["combine_latency"], 1.0) * MICROSECOND
