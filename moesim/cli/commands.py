@@ -13,6 +13,7 @@ import typer
 from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_TOLERANCE
 from moesim.cli.collective_commands import network
 from moesim.cli.collective_validation_commands import validate_collectives_command
+from moesim.cli.network_commands import topology_commands
 from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ application.add_typer(validate_commands, name="validate")
 application.add_typer(hardware_commands, name="hardware")
 application.add_typer(chart_commands, name="chart")
 application.command()(network)
+application.add_typer(topology_commands, name="topology")
 
 ScenarioArgument = Annotated[str, typer.Argument(help="Scenario file, or the name of a shipped scenario.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
