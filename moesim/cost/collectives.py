@@ -23,7 +23,6 @@ from moesim.describe.hardware import (
     Cluster,
     CollectiveTier,
     Device,
-    HierarchicalFabric,
     LinkLevel,
     ProtocolConstants,
     Stack,
@@ -198,7 +197,8 @@ def collective_time(work: Collective, fabric: FabricRates) -> CollectiveTime:
     extents = group_extents(work.group, fabric.sizes)
     shape = np.broadcast_shapes(extents.shape[1:], work.num_bytes.shape)
     extents = np.broadcast_to(extents, (extents.shape[0], *shape))
-    traffic = GroupTraffic(np.broadcast_to(work.num_bytes, shape), extents, work.copies)
+    contention = fabric.contention(work.kind, work.group) if fabric.contention is not None else 1.0
+    traffic = GroupTraffic(np.broadcast_to(work.num_bytes, shape), extents, work.copies, contention)
     happens = (traffic.num_bytes > 0) & (np.broadcast_to(work.group.size, shape) > 1)
     modelled_s = library_time_s(work.kind, traffic, fabric)
     return CollectiveTime(modelled_s * happens, ideal_wire_time_s(work.kind, traffic, fabric) * happens)

@@ -17,7 +17,7 @@ Stops being true where a library mispredicts and takes a slow algorithm, and whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ import numpy as np
 from moesim.cost.collective_algorithms import algorithms_of
 from moesim.cost.collective_demands import CollectiveDemand, Fabric, FabricLevel, GroupTraffic
 from moesim.structure.columns import FloatArray
+from moesim.structure.placement import ProcessGroup
 from moesim.structure.step_graph import CollectiveKind
 
 Constant = float | FloatArray
@@ -83,8 +84,9 @@ class FabricRates(Fabric):
     """Levels of a fabric under one stack, innermost first.
 
     ``own_copy``: link time of a byte that a rank moves to itself, in bytes, in reductions and gathers, and
-    ``exchange_own_copy`` in exchanges; ``exchange_algorithm`` of all-to-alls; ``levels_exponent`` p combines the levels'
-    wire times of an exchange, (sum t^p)^(1/p): infinite where they run beside each other.
+    ``exchange_own_copy`` in exchanges; ``exchange_algorithm`` of all-to-alls; ``levels_exponent`` p combines the
+    levels' wire times of an exchange, (sum t^p)^(1/p): infinite where they run beside each other. ``contention`` of the
+    real wires by kind and group, where flows are to be simulated.
     """
 
     levels: tuple[LevelRates, ...]
@@ -93,6 +95,7 @@ class FabricRates(Fabric):
     exchange_own_copy: Constant = 0.0
     exchange_algorithm: str = "direct"
     levels_exponent: float = np.inf
+    contention: Callable[[CollectiveKind, ProcessGroup], FloatArray] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def transfer(
         level, extent = fabric.levels[index], traffic.extents[index]
         enters = extent > 1
         own = own_copy * demand.own_bytes if index == 0 else 0.0
-        wires.append((asks.wire_bytes + own) / (level.bandwidth * protocol.fraction))
+        wires.append((asks.wire_bytes * traffic.contention + own) / (level.bandwidth * protocol.fraction))
         starts = index == 0 and not level.is_ring and not is_one_message
         base = protocol.base_s if starts else enters * protocol.base_s
         level_s = base + asks.rounds * protocol.round_s + asks.peers * protocol.peer_s
