@@ -51,6 +51,7 @@ COLLECTIVE_FORMULAS = {
     "all_reduce": "2 (e - 1) rounds per level + max over levels of 2 (e - 1)/e shard / bandwidth",
     "all_gather": "(e - 1) rounds per level + max over levels of (e - 1)/e shard / bandwidth",
     "reduce_scatter": "(e - 1) rounds per level + max over levels of (e - 1)/e shard / bandwidth",
+    "broadcast": "ceil(log2 e) rounds per level + max over levels of ceil(log2 e) bytes / bandwidth",
     "point_to_point": "latency of the slowest level crossed + bytes / its bandwidth",
 }
 

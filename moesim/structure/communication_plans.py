@@ -6,7 +6,7 @@ Ranks are 0 .. n - 1 within the group; numbers from n on are switches that reduc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,9 +39,7 @@ class Transfers:
     adds: bool = False
 
     @staticmethod
-    def of(
-        moves: Iterable[tuple[int, int, Sequence[int]]], block_bytes: FloatArray, *, adds: bool = False
-    ) -> Transfers:
+    def of(moves: Iterable[Move], block_bytes: FloatArray, *, adds: bool = False) -> Transfers:
         """Build a round from (source, target, blocks); a transfer's bytes are those of its blocks.
 
         Examples
@@ -70,28 +68,37 @@ class Transfers:
 
 
 Chain = tuple[Transfers, ...]
+Move = tuple[int, int, Sequence[int]]
+"""Source, target and the blocks that go from one to the other."""
 
 
 @dataclass(frozen=True)
 class CommunicationPlan:
     """What a collective sends: chains run at the same time, the rounds of a chain one after another.
 
+    A plan says itself what it is for: a block that several ranks start with is to be summed over them; whoever ends
+    with it needs all of the sum.
+
     Attributes
     ----------
     num_ranks : int
         Members of the group.
     chains : tuple of tuple of Transfers
-        A chain's round starts when its previous round has ended.
+        A chain's round starts when its previous round has ended; chains have no blocks in common.
     block_bytes : ndarray of shape (n_blocks,)
         Size of each data block.
     num_switches : int
         Switches that take part, numbered from ``num_ranks`` on.
+    starts, ends : ndarray of shape (n, 2)
+        Block and rank: who has the block, or its contribution to it, before; who must have it after.
     """
 
     num_ranks: int
     chains: tuple[Chain, ...]
     block_bytes: FloatArray
     num_switches: int = 0
+    starts: IntArray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    ends: IntArray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
 
     @property
     def num_rounds(self) -> int:
