@@ -132,11 +132,24 @@ class Cluster(Description):
     notes: str = ""
 
 
+GraphedPart = Literal["attention", "dense_ffn", "router", "experts", "step"]
+"""What a CUDA graph may cover: parts of a layer, or the whole step (one compiled program is such a graph)."""
+
+
 class LaunchBehaviour(Description):
-    """Host side of a step: launch time per kernel, whether graphs hide it, synchronisations of dropless counts."""
+    """Host side of a step: what issuing work costs, what graphs replay, synchronisations of dropless counts.
+
+    ``operation_time`` is the host's time for one operation of the framework (Python, dispatcher, autograd, launch);
+    null where no framework stands between, so that each kernel costs its launch. ``loops_over_experts``: grouped GEMMs
+    and their casts are issued expert by expert, a launch each. ``step_time`` is spent once per step on the loop around
+    it (batch, optimizer, clipping, logging); ``cuda_graphs`` lists what is replayed instead of issued.
+    """
 
     kernel_launch_time: DurationFigure
-    uses_cuda_graphs: Flag
+    operation_time: DurationFigure | None = None
+    step_time: DurationFigure | None = None
+    loops_over_experts: Flag = False
+    cuda_graphs: list[GraphedPart] = []
     host_synchronisations_per_moe_layer: Annotated[int, Field(ge=0, le=100, strict=True)]
     host_synchronisation_time: DurationFigure
 
@@ -160,9 +173,14 @@ class CollectiveTier(Description):
 
 
 class OverlapAchieved(Description):
-    """Share of each communication that the stack can hide under the compute it overlaps with."""
+    """Share of each communication that the stack can hide under the compute it overlaps with.
+
+    ``all_to_all_beside_compute`` is that of the all-to-all where a run asks for it to run beside the compute of another
+    micro-batch: less than all, for its kernels take compute units of their own.
+    """
 
     all_to_all: Fraction = 0.0
+    all_to_all_beside_compute: Fraction = 0.8
     tensor_parallel: Fraction = 0.0
     context_parallel: Fraction = 0.0
     data_parallel: Fraction = 0.0

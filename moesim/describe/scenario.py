@@ -9,6 +9,7 @@ from pydantic import Field
 from moesim.describe.hardware import Identifier
 from moesim.describe.model import Model
 from moesim.describe.quantities import Count, Description, Flag, NonNegativeCount, Precision
+from moesim.describe.stack_options import StackOptions
 
 
 class Workload(Description):
@@ -108,3 +109,4 @@ class Scenario(Description):
     cluster: Identifier
     devices: Count
     stack: Identifier
+    stack_options: StackOptions = StackOptions()

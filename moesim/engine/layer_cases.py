@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from moesim.cost.host_times import host_time_s
 from moesim.cost.layer_times import COMMUNICATION_STREAMS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Stack
@@ -29,7 +30,7 @@ class BlockPhase:
 
     ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
     peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
-    executed, ``kernels`` launched (an array where recompute differs).
+    executed, ``host_s`` what the host needs to issue it.
     """
 
     exposed_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -39,7 +40,12 @@ class BlockPhase:
     serial_s: FloatArray | float = 0.0
     ideal_s: FloatArray | float = 0.0
     flops: FloatArray | float = 0.0
-    kernels: FloatArray | float = 0.0
+    host_s: FloatArray | float = 0.0
+
+    @property
+    def waiting_s(self) -> FloatArray:
+        """What the device waits for the host where the queue is empty before and after this phase."""
+        return np.maximum(np.asarray(self.host_s) - self.device_s, 0.0)
 
 
 @dataclass
@@ -153,7 +159,7 @@ def _joined(block: Block, other: Block) -> Block:
             one.serial_s + two.serial_s,
             one.ideal_s + two.ideal_s,
             one.flops + two.flops,
-            one.kernels + two.kernels,
+            one.host_s + two.host_s,
         )
 
     name, is_moe = f"{block.name}+{other.name}", block.is_moe or other.is_moe
@@ -174,9 +180,14 @@ class _Assembler:
         """One block; ends of the model are never recomputed."""
         forward, backward, selective = BlockPhase(), BlockPhase(), BlockPhase()
         for table, gather in tables:
-            _accumulate(forward, table.forward, gather)
-            _accumulate(backward, table.backward, gather)
-            _accumulate(selective, table.selective, gather)
+            for phase, times in (
+                (forward, table.forward),
+                (backward, table.backward),
+                (selective, table.selective),
+            ):
+                _accumulate(phase, times, gather)
+                host_s = host_time_s(times.host, times.kernels, self.stack.launch)
+                phase.host_s = phase.host_s + gather(np.zeros(1) + host_s)
         for phase in (forward, backward, selective):
             self._overlap(phase)
         if self.is_training and not is_end:
@@ -206,7 +217,7 @@ class _Assembler:
 
         backward.exposed_s["recompute"] = repeated("device_s")
         backward.hidden_s["recompute"] = full * sum(forward.hidden_s.values(), 0.0)
-        for attribute in ("device_s", "serial_s", "ideal_s", "flops", "kernels"):
+        for attribute in ("device_s", "serial_s", "ideal_s", "flops", "host_s"):
             setattr(backward, attribute, getattr(backward, attribute) + repeated(attribute))
 
 
@@ -222,4 +233,3 @@ def _accumulate(phase: BlockPhase, times: PhaseTimes, gather: Gather) -> None:
     for key, part in parts.items():
         phase.ideal_parts_s[key] = phase.ideal_parts_s.get(key, 0.0) + gather(zero + part)
     phase.flops = phase.flops + gather(zero + times.flops)
-    phase.kernels = phase.kernels + float(times.kernels)

@@ -16,6 +16,7 @@ from moesim.describe.documents import Document, apply_assignments, problems_from
 from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.scenario import Scenario
+from moesim.describe.stack_options import stack_with_options
 from moesim.engine.analytical import System
 from moesim.errors import Problem, ScenarioError
 from moesim.resources import find_scenario
@@ -126,6 +127,7 @@ def _rule_problems(document: Document, scenario: Scenario, cluster: Cluster, col
 
 def build_system(scenario: Scenario, device: Device, cluster: Cluster, stack: Stack) -> System:
     """Join a scenario with its profiles and work out the rates everything is priced with."""
+    stack = stack_with_options(stack, scenario.stack_options)
     hardware = Hardware(
         device=device_rates(device, stack),
         fabric=fabric_rates(cluster, device, stack),

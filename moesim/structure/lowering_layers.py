@@ -6,6 +6,12 @@ import numpy as np
 
 from moesim.describe.model import LatentAttention
 from moesim.structure.columns import FloatArray
+from moesim.structure.host_operations import (
+    EMBEDDING_OPERATIONS,
+    HEAD_OPERATIONS,
+    TOKEN_PREDICTION_OPERATIONS,
+    dense_part_host,
+)
 from moesim.structure.layers import LayerKind
 from moesim.structure.lowering import (
     LoweringContext,
@@ -17,7 +23,7 @@ from moesim.structure.lowering import (
     traffic,
 )
 from moesim.structure.parameters import attention_output_width, attention_widths
-from moesim.structure.step_graph import AttentionCore, Operation, OperationTable, Phase
+from moesim.structure.step_graph import AttentionCore, HostWork, Operation, OperationTable, Phase
 
 FLASH_BACKWARD_MATMULS_OVER_FORWARD = 2.5
 MATERIALISED_BACKWARD_MATMULS_OVER_FORWARD = 2.0
@@ -37,7 +43,13 @@ def dense_part(context: LoweringContext, kind: LayerKind) -> OperationTable:
     ffn = context.model.dense_ffn
     if not kind.is_moe and ffn is not None:
         operations += feed_forward(context, "dense_ffn", tokens, ffn.intermediate_size, ffn.is_gated)
-    return OperationTable(f"{kind.name}.dense_part", operations)
+    host = dense_part_host(
+        context.stack,
+        context.model,
+        blocks=2.0 if kind.has_cross_attention else 1.0,
+        has_dense_ffn=not kind.is_moe and ffn is not None,
+    )
+    return OperationTable(f"{kind.name}.dense_part", operations, host, host)
 
 
 def _key_length(context: LoweringContext, side: str) -> FloatArray:
@@ -203,7 +215,8 @@ def embedding_part(context: LoweringContext) -> OperationTable:
         tokens = tokens + context.tokens("encoder")
     elements = tokens / context.sequence_shard() * context.model.hidden_size
     operations = traffic(context, "embedding", "embedding_head_loss", elements, passes=(2, 3), kernels=(2, 2))
-    return OperationTable("embedding", operations)
+    host = HostWork({"rest": EMBEDDING_OPERATIONS})
+    return OperationTable("embedding", operations, host, host)
 
 
 def head_part(context: LoweringContext) -> OperationTable:
@@ -225,7 +238,8 @@ def head_part(context: LoweringContext) -> OperationTable:
         kernels=(4, 2),
         element_bytes=4.0,
     )
-    return OperationTable("head", operations)
+    host = HostWork({"rest": HEAD_OPERATIONS})
+    return OperationTable("head", operations, host, host)
 
 
 def token_prediction_part(context: LoweringContext) -> OperationTable:
@@ -237,4 +251,5 @@ def token_prediction_part(context: LoweringContext) -> OperationTable:
         context, "mtp.projection", "embedding_head_loss", (tokens, hidden / columns["tensor"], 2 * hidden)
     )
     operations += norm_and_residual(context, "mtp.norm", tokens, 1.0)
-    return OperationTable("mtp", operations)
+    host = HostWork({"rest": TOKEN_PREDICTION_OPERATIONS})
+    return OperationTable("mtp", operations, host, host)

@@ -12,6 +12,7 @@ from moesim.describe.model import MixtureOfExperts
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
 from moesim.structure.columns import DROPLESS, WHOLE_RANK_GROUP, FloatArray
+from moesim.structure.host_operations import moe_part_host
 from moesim.structure.layers import LayerKind
 from moesim.structure.lowering import (
     LoweringContext,
@@ -127,7 +128,12 @@ def moe_part(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor)
         tokens = context.tokens(kind.side)
         operations += feed_forward(context, "shared_expert", tokens, width, moe.is_gated)
     operations += _tensor_parallel_gather(context, routed)
-    return OperationTable(f"{kind.name}.moe_part", operations)
+    is_quantised = PRECISION_BYTES[context.scenario.precision.compute] < 2
+    forward_host, backward_host = (
+        moe_part_host(context.stack, moe, routed.local_experts, is_quantised=is_quantised, is_backward=is_backward)
+        for is_backward in (False, True)
+    )
+    return OperationTable(f"{kind.name}.moe_part", operations, forward_host, backward_host)
 
 
 def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens) -> list[Operation]:

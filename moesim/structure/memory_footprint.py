@@ -44,7 +44,7 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters per stage before sharding, by sharding: each of shape (stages,)."""
+    """Parameters and parameter tensors per stage before sharding, by sharding: each of shape (stages,)."""
 
     tensor: FloatArray
     replicated: FloatArray
@@ -52,6 +52,8 @@ class StageParameters:
     tensor_factored: FloatArray
     replicated_factored: FloatArray
     expert_factored: FloatArray
+    tensors: FloatArray
+    expert_tensors: FloatArray
 
 
 def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePlan) -> StageParameters:

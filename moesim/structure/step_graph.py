@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moesim.structure.columns import FloatArray
@@ -136,9 +136,29 @@ class Operation:
     is_recomputed_selectively: bool = False
 
 
+HostPart = Literal["attention", "dense_ffn", "router", "experts", "rest"]
+
+
+@dataclass(frozen=True)
+class HostWork:
+    """What the host issues for one pass of a table.
+
+    ``operations`` of the framework by part of the layer; ``expert_launches`` (n_cases,) kernels launched one by one
+    for the local experts where the stack loops over them.
+    """
+
+    operations: Mapping[HostPart, float] = field(default_factory=dict)
+    expert_launches: FloatArray | float = 0.0
+
+
 @dataclass(frozen=True)
 class OperationTable:
-    """Operations of one layer kind or of the model's ends, over the distinct cases of the columns they read."""
+    """Operations of one layer kind or of the model's ends, over the distinct cases of the columns they read.
+
+    ``forward_host`` and ``backward_host`` are what the host issues for them.
+    """
 
     name: str
     operations: Sequence[Operation]
+    forward_host: HostWork = HostWork()
+    backward_host: HostWork = HostWork()

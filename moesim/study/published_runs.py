@@ -96,6 +96,7 @@ def scenario_document(run: PublishedRun, library: HardwareLibrary) -> Document:
         "cluster": cluster_of(run, library, assumed),
         "devices": run.devices,
         "stack": stack_of(run),
+        "stack_options": stack_options(run),
         "model": model_fields(run, assumed),
         "precision": precision_fields(run, assumed),
         "optimizer": _optimizer(run, assumed),
@@ -134,6 +135,34 @@ def stack_of(run: PublishedRun) -> str:
     return next(
         stack for needed, pattern, stack in STACK_RULES if needed == family and re.search(pattern, run.software)
     )
+
+
+def stack_options(run: PublishedRun) -> dict[str, Any]:
+    """What a run's options switch: CUDA graphs and all-to-all beside compute; null where they say nothing."""
+    text = run.software.replace("+", " ")
+    text = re.sub(r"\b(?:\w |_ ){6,}\w\b", lambda spelled: spelled[0].replace(" ", ""), text)
+    overlaps: bool | None = None
+    if re.search(r"(a2a|all-to-all) overlap on|ep communication overlap|dualpipe", text):
+        overlaps = True
+    elif "overlap off" in text or "no ep overlap" in text or "dispatcher" in text:
+        overlaps = False
+    return {"cuda_graphs": _cuda_graphs(text), "overlaps_expert_communication": overlaps}
+
+
+def _cuda_graphs(text: str) -> list[str] | None:
+    """Parts that graphs cover: scopes of Megatron-Core after the words "CUDA graph"; a listed preset without any has
+    none."""
+    graph = re.search(r"cuda graphs?([^;,]*)", text)
+    if re.search(r"no cuda graph|\beager\b", text):
+        return []
+    if graph is None:
+        return [] if "dispatcher" in text else None
+    if re.search(r"full.iteration", text):
+        return ["step"]
+    scopes = graph[1]
+    parts = {"attention": "attn", "dense_ffn": "mlp", "router": "router|preprocess", "experts": r"moe\b"}
+    covered = [part for part, scope in parts.items() if re.search(rf"\b(?:{scope}|moe_(?:{scope}))", scopes)]
+    return covered or ["attention", "router"]
 
 
 def precision_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
