@@ -313,6 +313,7 @@ def test_host_waits_for_the_counts_of_token_prediction_experts_too():
     }
     free_issuing = {
         "operation_time": None,
+        "step_time": None,
         "kernel_launch_time": DurationFigure(value="0 us", kind="assumed", source="none"),
     }
     host_s, waiting_s = [], 0.0
