@@ -189,11 +189,15 @@ class OverlapAchieved(Description):
 
 
 class StackMemory(Description):
-    """Memory the software holds beside tensors of the model."""
+    """Memory the software holds beside tensors of the model, and bytes of each logit until its backward pass.
+
+    A logit is kept as the projection wrote it and as its exponential in fp32, unless a compiler makes one of the other.
+    """
 
     context: BytesFigure
     communication_buffers: BytesFigure
     fragmentation_fraction: Fraction
+    bytes_per_logit: Annotated[float, Field(gt=0, le=64, allow_inf_nan=False, strict=True)] = 6.0
     source: Annotated[str, Field(min_length=3)]
 
 

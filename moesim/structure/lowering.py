@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesim.describe.hardware import Stack
 from moesim.describe.model import Model
 from moesim.describe.quantities import PRECISION_BYTES
-from moesim.describe.scenario import Scenario
+from moesim.describe.scenario import DEFAULT_RECOMPUTE_MODULES, RecomputeModule, Scenario
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.placement import ProcessGroup, group_columns, process_group
 from moesim.structure.step_graph import (
@@ -60,6 +60,16 @@ class LoweringContext:
         """Bytes of one activation kept for the backward pass."""
         precision = self.scenario.precision
         return PRECISION_BYTES[precision.saved or precision.activations]
+
+    @property
+    def linear_saved_bytes(self) -> float:
+        """Bytes of one input of a linear layer kept for its weight gradient: quantised ones are kept quantised."""
+        compute = PRECISION_BYTES[self.scenario.precision.compute]
+        return min(compute, self.saved_bytes) if compute < 2 else self.saved_bytes
+
+    def recomputes(self, module: RecomputeModule) -> bool:
+        """Whether selective recompute covers a module; whether a case recomputes selectively is a column."""
+        return module in (self.scenario.parallelism.recompute_modules or DEFAULT_RECOMPUTE_MODULES)
 
     @property
     def gemm_input_bytes(self) -> float:
@@ -136,7 +146,6 @@ def linear(
     groups: FloatArray | float = 1.0,
     precision: str | None = None,
     load_factor: FloatArray | None = None,
-    is_recomputed_selectively: bool = False,
 ) -> list[Operation]:
     """A linear layer, Y[rows, columns] = X[rows, inner] W: forward, activation gradient and weight gradient.
 
@@ -157,7 +166,6 @@ def linear(
             "compute",
             gemm(context, phase, phase_shape, groups=groups, precision=precision),
             load_factor=load_factor,
-            is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
         )
         for phase, phase_shape in shapes.items()
     ]
@@ -207,7 +215,6 @@ def traffic(
     kernels: tuple[int, int] = (1, 1),
     element_bytes: float | None = None,
     load_factor: FloatArray | None = None,
-    is_recomputed_selectively: bool = False,
 ) -> list[Operation]:
     """Element-wise work: ``passes`` over ``elements`` forward and backward, each a read or a write."""
     width = context.activation_bytes if element_bytes is None else element_bytes
@@ -221,7 +228,6 @@ def traffic(
             MemoryTraffic(elements * (passes[index] * width)),
             kernels=kernels[index],
             load_factor=load_factor,
-            is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
         )
         for index, phase in enumerate(phases)
     ]
@@ -247,6 +253,13 @@ def collective(
         for phase, collectives in phases
         for kind, num_bytes in collectives
     ]
+
+
+def recomputable(context: LoweringContext, module: RecomputeModule, operations: Sequence[Operation]) -> list[Operation]:
+    """Operations of a module, their forward ones marked to run again where selective recompute covers it."""
+    if not context.recomputes(module):
+        return list(operations)
+    return [replace(row, is_recomputed_selectively=True) if row.phase == "forward" else row for row in operations]
 
 
 def tensor_parallel_block(context: LoweringContext, name: str, tokens: FloatArray) -> list[Operation]:
@@ -278,8 +291,10 @@ def norm_and_residual(context: LoweringContext, name: str, tokens: FloatArray, b
     """
     elements = tokens / context.sequence_shard() * (context.model.hidden_size * blocks)
     if context.stack.fuses_elementwise:
-        kernels = (round(2 * blocks), round(2 * blocks))
-        return traffic(context, name, "memory_bound", elements, passes=(5, 6), kernels=kernels)
+        kernels = (round(blocks), round(blocks))
+        norm = traffic(context, f"{name}.norm", "memory_bound", elements, passes=(2, 3), kernels=kernels)
+        residual = traffic(context, f"{name}.residual", "memory_bound", elements, passes=(3, 3), kernels=kernels)
+        return recomputable(context, "layernorm", norm) + residual
     kernels = (round(4 * blocks), round(5 * blocks))
     return traffic(context, name, "memory_bound", elements, passes=(10, 10), kernels=kernels)
 

@@ -19,6 +19,7 @@ from moesim.structure.lowering import (
     feed_forward,
     linear,
     norm_and_residual,
+    recomputable,
     tensor_parallel_block,
     traffic,
 )
@@ -42,7 +43,8 @@ def dense_part(context: LoweringContext, kind: LayerKind) -> OperationTable:
     operations += norm_and_residual(context, "norm_residual", tokens, 3.0 if kind.has_cross_attention else 2.0)
     ffn = context.model.dense_ffn
     if not kind.is_moe and ffn is not None:
-        operations += feed_forward(context, "dense_ffn", tokens, ffn.intermediate_size, ffn.is_gated)
+        network = feed_forward(context, "dense_ffn", tokens, ffn.intermediate_size, ffn.is_gated)
+        operations += recomputable(context, "mlp", network)
     host = dense_part_host(
         context.stack,
         context.model,
@@ -92,19 +94,13 @@ def _projections(context: LoweringContext, name: str, tokens: FloatArray, key_to
     up_width = attention.heads * (attention.head_size + attention.value_head_size) / tensor
     kv_width = float(attention.kv_rank + attention.rope_head_size)
     operations = linear(context, f"{name}.kv_down", "attention", (key_tokens, kv_width, hidden))
-    operations += linear(
-        context, f"{name}.kv_up", "attention", (key_tokens, up_width, attention.kv_rank), is_recomputed_selectively=True
-    )
+    up = linear(context, f"{name}.kv_up", "attention", (key_tokens, up_width, attention.kv_rank))
+    operations += recomputable(context, "mla_up_proj", up)
     if attention.query_rank is None:
         return operations + linear(context, f"{name}.query", "attention", (tokens, query / tensor, hidden))
     operations += linear(context, f"{name}.query_down", "attention", (tokens, attention.query_rank, hidden))
-    return operations + linear(
-        context,
-        f"{name}.query_up",
-        "attention",
-        (tokens, query / tensor, attention.query_rank),
-        is_recomputed_selectively=True,
-    )
+    query_up = linear(context, f"{name}.query_up", "attention", (tokens, query / tensor, attention.query_rank))
+    return operations + recomputable(context, "mla_up_proj", query_up)
 
 
 def _core(
@@ -139,22 +135,21 @@ def _core(
                 element_bytes=context.activation_bytes,
             ),
             kernels=1 if is_flash else 2,
-            is_recomputed_selectively=phase == "forward",
         )
         for phase in phases
     ]
     if is_flash:
-        return operations
+        return recomputable(context, "core_attn", operations)
     fused = context.stack.fuses_elementwise
-    return operations + traffic(
+    operations += traffic(
         context,
         f"{name}.softmax",
         "memory_bound",
         pairs * heads,
         passes=_score_passes(context),
         kernels=(1, 1) if fused else (4, 4),
-        is_recomputed_selectively=True,
     )
+    return recomputable(context, "core_attn", operations)
 
 
 def _score_passes(context: LoweringContext) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from moesim.structure.lowering import (
     feed_forward,
     gemm,
     linear,
+    recomputable,
     token_columns,
     traffic,
 )
@@ -126,8 +127,10 @@ def moe_part(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor)
     width = shared_width(context.model)
     if width:
         tokens = context.tokens(kind.side)
-        operations += feed_forward(context, "shared_expert", tokens, width, moe.is_gated)
+        shared = feed_forward(context, "shared_expert", tokens, width, moe.is_gated)
+        operations += recomputable(context, "shared_experts", shared)
     operations += _tensor_parallel_gather(context, routed)
+    operations = recomputable(context, "moe", operations)
     is_quantised = PRECISION_BYTES[context.scenario.precision.compute] < 2
     forward_host, backward_host = (
         moe_part_host(context.stack, moe, routed.local_experts, is_quantised=is_quantised, is_backward=is_backward)
@@ -270,7 +273,7 @@ def _experts(
         kernels=(1, 1) if fused else (2, 2),
         load_factor=factor,
     )
-    return up + activation + down
+    return up + recomputable(context, "moe_act", activation) + down
 
 
 def _tensor_parallel_gather(context: LoweringContext, routed: RoutedTokens) -> list[Operation]:

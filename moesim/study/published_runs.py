@@ -8,14 +8,17 @@ refused with the field that is missing.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from moesim.describe.documents import Document
 from moesim.describe.hardware_library import HardwareLibrary
+from moesim.describe.scenario import DEFAULT_RECOMPUTE_MODULES, RecomputeModule
 from moesim.study.published_facts import Assumptions, PublishedRun, UnpredictableRunError
 from moesim.study.published_models import model_fields
 
 MEGA = 2**20
+RECOMPUTE_PATH = "parallelism.recompute"
 DEFAULT_SEQUENCE = 512
 TPU_MICRO_BATCH_TOKENS = 8192
 
@@ -71,6 +74,9 @@ STACK_RULES: tuple[tuple[str, str, str], ...] = (
     ("tpu", r"", "xla_gspmd_modern"),
 )
 """Family of devices, a pattern in framework and options, stack; the first that fits is taken."""
+
+BF16_GRADIENTS = r"megatron-bridge|nemo"
+"""Frameworks whose performance recipes set ``grad_reduce_in_fp32 = False``: gradients are kept and reduced in bf16."""
 
 FULL_CONVENTION = r"mcore v0|x-moe|deepspeed|nemo 24"
 """Frameworks whose published FLOPs count the whole square of causal attention."""
@@ -182,14 +188,16 @@ def precision_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
     compute = "fp4" if "fp4" in text else "fp8" if "fp8" in text else "bf16" if "bf16" in text else None
     if compute is None:
         raise UnpredictableRunError("precision", f"'{run.text('precision')}'")
+    gradients = "bf16" if re.search(BF16_GRADIENTS, run.software) else "fp32"
     assumed.add(
-        "precision", "parameters, activations and dispatch bf16, gradients and their sums fp32: recipe defaults"
+        "precision", f"parameters, activations and dispatch bf16, gradients and their sums {gradients}: recipe defaults"
     )
     return {
         "compute": compute,
         "parameters": "bf16",
         "master": "fp32",
-        "gradients": "fp32",
+        "gradients": gradients,
+        "reduction": gradients,
         "activations": "bf16",
         "dispatch": "bf16",
     }
@@ -229,7 +237,7 @@ def parallelism_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, Any
         "expert": run.count("ep") if is_moe else 1,
         "expert_tensor": expert_tensor if is_moe else 1,
         "zero_stage": _zero_stage(run, assumed),
-        "recompute": _recompute(run, assumed),
+        **_recompute(run, assumed),
     }
 
 
@@ -254,21 +262,51 @@ def _zero_stage(run: PublishedRun, assumed: Assumptions) -> int:
     return 1
 
 
-def _recompute(run: PublishedRun, assumed: Assumptions) -> str:
-    """The nearest of the schema's three; single modules are not in the schema."""
+def _recompute(run: PublishedRun, assumed: Assumptions) -> dict[str, Any]:
+    """What is recomputed: by module where the source names modules."""
     text = run.text("recompute")
     if text in ("none", "none set in recipe function", "not set in test args"):
-        return "none"
+        return {"recompute": "none"}
     if text.startswith(("full activation", "remat", "custom: offload")) or text == "full":
-        return "full"
-    modules = set(re.findall(r"\w+", text.partition(":")[2]))
+        return {"recompute": "full"}
     if text.startswith("selective") or "up-projections" in text:
-        nearest = "full" if "moe" in modules else "selective" if "core_attn" in modules else "none"
-        assumed.add("parallelism.recompute", f"'{text}' is not in the schema; {nearest} is nearest in time")
-        return nearest
+        return {"recompute": "selective", "recompute_modules": _recomputed_modules(text, assumed)}
     default = "full" if run.is_tpu and family_of(run) == "tpu" else "none"
-    assumed.add("parallelism.recompute", f"'{text or 'not published'}'; {default}, the framework's default")
-    return default
+    assumed.add(RECOMPUTE_PATH, f"'{text or 'not published'}'; {default}, the framework's default")
+    return {"recompute": default}
+
+
+def _recomputed_modules(text: str, assumed: Assumptions) -> list[str]:
+    """Modules named in a text; qualifiers such as "first 3 dense layers" are what the module is anyway."""
+    words = set(re.findall(r"[a-z_]+", text.lower().replace("rmsnorm", "layernorm")))
+    if "up" in words and "projections" in words:
+        words.add("mla_up_proj")
+    modules = [name for name in get_args(RecomputeModule) if name in words]
+    if not modules:
+        assumed.add(RECOMPUTE_PATH, f"'{text}'; the default modules")
+        return list(DEFAULT_RECOMPUTE_MODULES)
+    return modules
+
+
+def recompute_variants(document: Document) -> Iterator[Document]:
+    """The document, and where its source says nothing of recompute, the same with ever more of it.
+
+    A run that ran did fit: the least that fits is taken by whoever asks. Modules in the order in which recipes add
+    them: cheap element-wise work first, then up projections, networks, everything.
+    """
+    yield document
+    parallelism, assumed = document.data["parallelism"], document.data["assumed"]
+    if RECOMPUTE_PATH not in assumed or parallelism["recompute"] != "none":
+        return
+    for modules in (["layernorm", "moe_act"], ["layernorm", "moe_act", "mla_up_proj", "mlp", "core_attn"], None):
+        chosen = {"recompute": "selective", "recompute_modules": modules} if modules else {"recompute": "full"}
+        reason = f"not published; the least that fits: {', '.join(modules) if modules else 'everything'}"
+        data = {
+            **document.data,
+            "parallelism": parallelism | chosen,
+            "assumed": assumed | {RECOMPUTE_PATH: reason},
+        }
+        yield Document(document.file, data, {})
 
 
 def workload_fields(run: PublishedRun, parallelism: dict[str, Any], assumed: Assumptions) -> dict[str, Any]:

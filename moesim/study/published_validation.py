@@ -15,9 +15,9 @@ from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import ScenarioError
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import load_document
-from moesim.estimation.step_estimate import StepEstimate
+from moesim.estimation.step_estimate import MemoryAnswer, StepEstimate
 from moesim.study.published_facts import PublishedRun, UnpredictableRunError, read_published_runs
-from moesim.study.published_runs import scenario_document
+from moesim.study.published_runs import recompute_variants, scenario_document
 
 WORST_ROWS = 10
 ERROR_COLUMNS = (
@@ -241,8 +241,20 @@ def run_published_validation(data: Path, out: Path | None = None) -> PublishedRe
     return report
 
 
+def _fitting_answer(run: PublishedRun, library: HardwareLibrary) -> StepEstimate:
+    """Estimate of a run; where its source says nothing of recompute, with the least that fits, else with none."""
+    first: StepEstimate | None = None
+    for document in recompute_variants(scenario_document(run, library)):
+        answer = estimate_loaded(load_document(document, library))
+        first = first or answer
+        if answer.fits:
+            return answer
+    assert first is not None
+    return first
+
+
 def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
-    answer = estimate_loaded(load_document(scenario_document(run, library), library))
+    answer = _fitting_answer(run, library)
     measured_s, basis = measured_step_time_s(run, answer)
     is_fitted = library.stack(answer.stack).gemm_compute_fraction.kind == "fitted"
     tokens, flops = run.number("tokens_per_s_per_device"), run.number("tflops_per_device")
@@ -269,7 +281,7 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
         published_tflop_per_token=flops / tokens if flops and tokens else None,
         model_tflop_per_token=answer.model_flops_per_step / answer.tokens_per_step / 1e12,
         published_memory_gib=run.number("peak_mem_gib_per_device"),
-        predicted_memory_gib=answer.memory.peak / 2**30,
+        predicted_memory_gib=allocated_bytes(answer.memory) / 2**30,
         parameters_b=answer.parameters.total / 1e9,
         published_parameters_b=run.number("total_params_b"),
         exposed_s=answer.exposed_s,
@@ -277,6 +289,11 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
         assumptions=dict(answer.assumptions),
         source=run.text("source"),
     )
+
+
+def allocated_bytes(memory: MemoryAnswer) -> float:
+    """Bytes of tensors, as PyTorch's allocator counts its peak: without context, library buffers and fragmentation."""
+    return float(memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.buffers)
 
 
 def measured_step_time_s(run: PublishedRun, answer: StepEstimate) -> tuple[float, str]:
