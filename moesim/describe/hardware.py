@@ -202,10 +202,24 @@ class StackMemory(Description):
 
 
 class ScorePasses(Description):
-    """Passes of materialised attention scores through device memory, forward and backward, where they are known."""
+    """Passes of materialised attention scores in fp32 through memory or vector units, where they are known."""
 
     forward: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)]
     backward: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)]
+    source: Annotated[str, Field(min_length=3)]
+
+
+class CompilerBehaviour(Description):
+    """What a compiler makes of shapes: XLA lays arrays out in tiles whose minor dimension has ``lane_width`` entries.
+
+    Head sizes and numbers of keys are rounded up to it. ``prefix_sum_passes`` through memory per doubling of the rows
+    that a cumulative sum runs over; null where one kernel does it. ``embeds_by_product``: an embedding is looked up as
+    a matrix product with one-hot rows.
+    """
+
+    lane_width: Count
+    prefix_sum_passes: NumberFigure | None = None
+    embeds_by_product: Flag = False
     source: Annotated[str, Field(min_length=3)]
 
 
@@ -227,6 +241,7 @@ class Stack(Description):
     dispatch: Literal["one_hot_einsum", "permute", "fused"]
     attention_kernel: Literal["flash", "materialised"]
     score_passes: ScorePasses | None = None
+    compiler: CompilerBehaviour | None = None
     fuses_elementwise: Flag
     gemm_compute_fraction: NumberFigure
     collective_library: Identifier

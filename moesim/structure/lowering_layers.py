@@ -110,14 +110,15 @@ def _core(
     attention, tensor = context.model.attention, context.columns["tensor"]
     query, key, value = attention_widths(context.model)
     heads = attention.heads / tensor
-    pairs = tokens * key_length
+    pairs = tokens * padded(context, key_length)
     is_flash = context.stack.attention_kernel == "flash"
     backward = FLASH_BACKWARD_MATMULS_OVER_FORWARD if is_flash else MATERIALISED_BACKWARD_MATMULS_OVER_FORWARD
-    width = (query + attention_output_width(context.model)) / attention.heads
+    output = attention_output_width(context.model)
+    width = float(padded(context, query / attention.heads) + padded(context, output / attention.heads))
     if isinstance(attention, LatentAttention) and context.scenario.workload.kind == "decode":
         width = 2.0 * attention.kv_rank + attention.rope_head_size  # absorbed: scores and sum over the cached latents
     reads = _key_reads(context, key_length, key + value)
-    io_elements = (tokens * (query + attention_output_width(context.model)) + reads) / tensor
+    io_elements = (tokens * (query + output) + reads) / tensor
     phases: list[Phase] = ["forward", "activation_gradient"] if context.is_training else ["forward"]
     operations = [
         Operation(
@@ -132,7 +133,7 @@ def _core(
                 visible_fraction=0.5 if is_causal and is_flash else 1.0,
                 io_elements=io_elements * (1.0 if phase == "forward" else 2.0),
                 precision=_core_precision(context),
-                element_bytes=context.activation_bytes,
+                element_bytes=operand_bytes(context),
             ),
             kernels=1 if is_flash else 2,
         )
@@ -148,8 +149,23 @@ def _core(
         pairs * heads,
         passes=_score_passes(context),
         kernels=(1, 1) if fused else (4, 4),
+        element_bytes=4.0 if context.stack.score_passes is not None else None,
     )
     return recomputable(context, "core_attn", operations)
+
+
+def operand_bytes(context: LoweringContext) -> float:
+    """Bytes of an attention operand: XLA stores what only matrix products read in their 16-bit format."""
+    if context.stack.compiler is None:
+        return context.activation_bytes
+    return min(context.activation_bytes, 2.0)
+
+
+def padded(context: LoweringContext, extent: FloatArray | float) -> FloatArray:
+    """An extent rounded up to the lanes of the compiler's tiles; as it is without such a compiler."""
+    compiler = context.stack.compiler
+    lanes = 1 if compiler is None else compiler.lane_width
+    return np.asarray(extent if lanes == 1 else np.ceil(np.asarray(extent) / lanes - 1e-9) * lanes)
 
 
 def _score_passes(context: LoweringContext) -> tuple[float, float]:
@@ -204,12 +220,21 @@ def _context_parallel(context: LoweringContext, name: str, key_tokens: FloatArra
 
 
 def embedding_part(context: LoweringContext) -> OperationTable:
-    """Token embedding on the first stage: rows are gathered; backward, scattered and added."""
+    """Token embedding on the first stage: rows are gathered; backward, scattered and added.
+
+    Or, where the compiler has it so, a product with one-hot rows and backward the same for the table's gradient
+    (Mesh TensorFlow's ``gather`` is such an einsum).
+    """
     tokens = context.tokens("decoder")
     if context.model.architecture == "encoder_decoder" and context.scenario.workload.kind != "decode":
         tokens = tokens + context.tokens("encoder")
     elements = tokens / context.sequence_shard() * context.model.hidden_size
     operations = traffic(context, "embedding", "embedding_head_loss", elements, passes=(2, 3), kernels=(2, 2))
+    if context.stack.compiler is not None and context.stack.compiler.embeds_by_product:
+        local_vocab = np.ceil(context.model.vocab_size / context.columns["tensor"])
+        shape = (tokens, float(context.model.hidden_size), local_vocab)
+        product = linear(context, "embedding.product", "embedding_head_loss", shape)
+        operations += [row for row in product if row.phase != "activation_gradient"]
     host = HostWork({"rest": EMBEDDING_OPERATIONS})
     return OperationTable("embedding", operations, host, host)
 

@@ -144,7 +144,7 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
 
     A softmax reads and writes the logits and a fused top-k reads them once. One-hot stacks choose by k sequential
     argmax passes, each followed by a mask and a position count (2 passes); prototypes (k_top_1) choose in parallel, so
-    one.
+    one. A compiler without a kernel for cumulative sums makes the count in steps that double.
     """
     router = moe.router
     logits = routed.tokens * float(moe.num_experts)
@@ -155,7 +155,7 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
     else:
         passes, kernels = 4.0, 4
     shape = (routed.tokens, float(moe.num_experts), float(context.model.hidden_size))
-    return linear(context, "router.gemm", "router", shape, precision=router.precision) + traffic(
+    choice = traffic(
         context,
         "router.choice",
         "router",
@@ -163,6 +163,20 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
         passes=(passes, 3),
         kernels=(kernels, 3),
         element_bytes=PRECISION_BYTES[router.precision],
+    )
+    projection = linear(context, "router.gemm", "router", shape, precision=router.precision)
+    return projection + choice + _positions(context, routed, logits * sequential)
+
+
+def _positions(context: LoweringContext, routed: RoutedTokens, entries: FloatArray) -> list[Operation]:
+    """Cumulative sums over a group's tokens in log2(S) doubling steps: each token's place at its expert."""
+    compiler = context.stack.compiler
+    if compiler is None or compiler.prefix_sum_passes is None:
+        return []
+    doublings = np.log2(np.maximum(routed.group_tokens, 2.0))
+    passes = (compiler.prefix_sum_passes.value, 0.0)
+    return traffic(
+        context, "router.positions", "router", entries * doublings, passes=passes, kernels=(1, 0), element_bytes=4.0
     )
 
 
