@@ -31,6 +31,14 @@ def host_time_s(work: HostWork, kernels: float, launch: LaunchBehaviour) -> Floa
     return operations * launch.operation_time.value + launches * launch.kernel_launch_time.value
 
 
+def expert_messages_s(work: HostWork, launch: LaunchBehaviour) -> float:
+    """Time of messages sent one by one between a rank and single experts; the exchange waits for all of them.
+
+    A rank sends to each of E / EP experts on each of EP ranks: E messages per exchange, however experts are placed.
+    """
+    return 0.0 if launch.expert_message_time is None else work.expert_messages * launch.expert_message_time.value
+
+
 def host_step_time_s(parameter_tensors: FloatArray, launch: LaunchBehaviour) -> FloatArray:
     """Host time once per step: the loop around it, and the optimizer's operations for each parameter tensor."""
     step = launch.step_time.value if launch.step_time is not None else 0.0

@@ -143,12 +143,15 @@ class LaunchBehaviour(Description):
     null where no framework stands between, so that each kernel costs its launch. ``loops_over_experts``: grouped GEMMs
     and their casts are issued expert by expert, a launch each. ``step_time`` is spent once per step on the loop around
     it (batch, optimizer, clipping, logging); ``cuda_graphs`` lists what is replayed instead of issued.
+    ``expert_message_time`` is what each message between a rank and one expert costs where rows are exchanged expert by
+    expert, each peer on its own; null where one all-to-all does it.
     """
 
     kernel_launch_time: DurationFigure
     operation_time: DurationFigure | None = None
     step_time: DurationFigure | None = None
     loops_over_experts: Flag = False
+    expert_message_time: DurationFigure | None = None
     cuda_graphs: list[GraphedPart] = []
     host_synchronisations_per_moe_layer: Annotated[int, Field(ge=0, le=100, strict=True)]
     host_synchronisation_time: DurationFigure

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from moesim.cost.host_times import host_time_s
+from moesim.cost.host_times import expert_messages_s, host_time_s
 from moesim.cost.layer_times import COMMUNICATION_STREAMS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Stack
@@ -188,6 +188,9 @@ class _Assembler:
                 _accumulate(phase, times, gather)
                 host_s = host_time_s(times.host, times.kernels, self.stack.launch)
                 phase.host_s = phase.host_s + gather(np.zeros(1) + host_s)
+                if messages_s := expert_messages_s(times.host, self.stack.launch):
+                    phase.exposed_s["all_to_all"] = phase.exposed_s.get("all_to_all", 0.0) + messages_s
+                    phase.serial_s = phase.serial_s + messages_s
         for phase in (forward, backward, selective):
             self._overlap(phase)
         if self.is_training and not is_end:

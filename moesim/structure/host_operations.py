@@ -43,6 +43,8 @@ OPERATIONS_PER_PARAMETER_TENSOR = 6.0
 REPLAY_OPERATIONS = 4.0
 """Start of one captured graph and copies into its inputs."""
 
+EXCHANGES_PER_PASS = 2.0
+"""Rows to the experts and back."""
 FORWARD_EXPERT_GEMMS, BACKWARD_EXPERT_GEMMS = 2.0, 4.0
 FORWARD_EXPERT_CASTS, BACKWARD_EXPERT_CASTS = 6.0, 10.0
 """Quantised experts: rows cast for each GEMM (backward in two layouts), scales rearranged for each operand."""
@@ -74,4 +76,5 @@ def moe_part_host(
         launches = BACKWARD_EXPERT_GEMMS if is_backward else FORWARD_EXPERT_GEMMS
         if is_quantised:
             launches += BACKWARD_EXPERT_CASTS if is_backward else FORWARD_EXPERT_CASTS
-    return HostWork({"router": router, "experts": experts}, local_experts * launches)
+    messages = 0.0 if stack.launch.expert_message_time is None else EXCHANGES_PER_PASS * moe.num_experts
+    return HostWork({"router": router, "experts": experts}, local_experts * launches, messages)

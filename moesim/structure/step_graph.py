@@ -144,11 +144,13 @@ class HostWork:
     """What the host issues for one pass of a table.
 
     ``operations`` of the framework by part of the layer; ``expert_launches`` (n_cases,) kernels launched one by one
-    for the local experts where the stack loops over them.
+    for the local experts where the stack loops over them; ``expert_messages`` between this rank and single experts
+    where the stack exchanges rows that way.
     """
 
     operations: Mapping[HostPart, float] = field(default_factory=dict)
     expert_launches: FloatArray | float = 0.0
+    expert_messages: float = 0.0
 
 
 @dataclass(frozen=True)

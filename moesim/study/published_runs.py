@@ -25,7 +25,7 @@ TPU_MICRO_BATCH_TOKENS = 8192
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "V100": ("v100_sxm2_32gb_dgx1_nodes",),
     "V100-32GB": ("v100_sxm2_32gb_dgx1_nodes",),
-    "A100 (40 or 80GB)": ("a100_sxm_40gb_dgx_nodes",),
+    "A100 (40 or 80GB)": ("a100_sxm_40gb_shared_200g_nodes",),
     "A100-40GB": ("a100_sxm_40gb_dgx_nodes",),
     "A100-80GB": ("a100_sxm_dgx_nodes",),
     "A800-80GB": ("a800_sxm_nodes",),
@@ -60,7 +60,9 @@ FAMILIES: tuple[tuple[str, str], ...] = (
 
 STACK_RULES: tuple[tuple[str, str, str], ...] = (
     ("hopper", r"hai-llm", "deepseek_dualpipe_deepep"),
-    ("ampere", r"tutel|fastmoe", "tutel_nccl"),
+    ("ampere", r"fastmoe", "fastmoe_nccl"),
+    ("volta", r"fastmoe", "fastmoe_nccl_volta"),
+    ("ampere", r"tutel", "tutel_nccl"),
     ("ampere", r"x-moe|composer", "pytorch_permute_nccl"),
     ("ampere", r"deepspeed", "deepspeed_nccl"),
     ("hopper", r"deepep|hybridep", "megatron_core_deepep"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moesim.describe.hardware import Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import ScenarioError
 from moesim.estimation.estimate import estimate_loaded
@@ -44,8 +46,13 @@ ERROR_COLUMNS = (
 )
 NOTES_FILE = "worst_rows.md"
 """Reasons, written by hand, which the report carries."""
-FITTED_USE = "control_dense"
-"""Runs that set the stacks' GEMM rate in a step; MoE runs judge it."""
+FITTED_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("use", r"^control_dense$", "gemm_compute_fraction"),
+    ("use", r"^overhead_control$", "launch.operation_time"),
+    ("id", r"^smartmoe-pinky-.*gshard", "launch.expert_message_time"),
+    ("id", r"^smartmoe-inky-.*-fastmoe-gshard(1\.2|2\.4)", "network of a cluster"),
+)
+"""Columns and patterns of the rows that a constant was fitted on, and the constant; all other rows judge it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ class RunError:
     """A published run beside its prediction.
 
     ``basis`` says which published figure the measured step time follows from; ``error_fraction`` is predicted over
-    measured less one. ``role`` is ``fit`` where the run is of the kind a constant of its stack was fitted on (dense
-    controls set the GEMM rate in a step), else ``judge``. FLOPs per token and memory are compared where the source has
+    measured less one. ``role`` is ``fit`` where a constant of a profile was fitted on the run (``FITTED_ROWS``), else
+    ``judge``. FLOPs per token and memory are compared where the source has
     them.
     """
 
@@ -256,14 +263,14 @@ def _fitting_answer(run: PublishedRun, library: HardwareLibrary) -> StepEstimate
 def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
     answer = _fitting_answer(run, library)
     measured_s, basis = measured_step_time_s(run, answer)
-    is_fitted = library.stack(answer.stack).gemm_compute_fraction.kind == "fitted"
+    stack = library.stack(answer.stack)
     tokens, flops = run.number("tokens_per_s_per_device"), run.number("tflops_per_device")
     step_s = run.number("step_time_s")
     if flops and not tokens and step_s:
         tokens = answer.tokens_per_step / step_s / run.count("n_devices")
     return RunError(
         id=run.id,
-        role="fit" if is_fitted and run.text("use") == FITTED_USE else "judge",
+        role="fit" if _is_fitted_on(run, stack) else "judge",
         device=answer.device,
         source_group=run.text("source_group"),
         model=run.text("model"),
@@ -289,6 +296,14 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
         assumptions=dict(answer.assumptions),
         source=run.text("source"),
     )
+
+
+def _is_fitted_on(run: PublishedRun, stack: Stack) -> bool:
+    """Whether a constant was fitted on this row; dense runs of stacks whose GEMM rate was not fitted on them judge."""
+    constants = [constant for column, pattern, constant in FITTED_ROWS if re.search(pattern, run.text(column))]
+    if constants == ["gemm_compute_fraction"]:
+        return stack.gemm_compute_fraction.kind == "fitted"
+    return bool(constants)
 
 
 def allocated_bytes(memory: MemoryAnswer) -> float:
