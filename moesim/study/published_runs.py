@@ -18,6 +18,8 @@ from moesim.study.published_facts import Assumptions, PublishedRun, Unpredictabl
 from moesim.study.published_models import model_fields
 
 MEGA = 2**20
+FIRST_FLEXIBLE_DISPATCH, FIRST_WITHOUT_OVERLAP = 25.08, 26.04
+"""Releases between which Megatron-Bridge's Hopper recipes with experts over nodes set ``moe_a2a_overlap = True``."""
 RECOMPUTE_PATH = "parallelism.recompute"
 DEFAULT_SEQUENCE = 512
 TPU_MICRO_BATCH_TOKENS = 8192
@@ -140,9 +142,24 @@ def cluster_of(run: PublishedRun, library: HardwareLibrary, assumed: Assumptions
 def stack_of(run: PublishedRun) -> str:
     """The stack of the first rule that fits family and software."""
     family = family_of(run)
-    return next(
-        stack for needed, pattern, stack in STACK_RULES if needed == family and re.search(pattern, run.software)
-    )
+    software = run.software + (" deepep" if _release_of_flexible_dispatch(run) else "")
+    return next(stack for needed, pattern, stack in STACK_RULES if needed == family and re.search(pattern, software))
+
+
+def _release_of_flexible_dispatch(run: PublishedRun) -> float | None:
+    """Release of a Hopper recipe that says nothing of its dispatcher, where that is DeepEP's; else None.
+
+    The base configurations of Megatron-Bridge (DEEPSEEK_V3_H100_BASE_CONFIG and its successors) dispatch by DeepEP or
+    HybridEP where experts are spread over nodes.
+    """
+    release = re.search(r"\b(2\d\.\d\d)", run.text("date_or_version"))
+    is_recipe = re.search(r"megatron-bridge|nemo", run.software) is not None
+    is_stated = re.search(r"dispatcher|deepep|hybridep|all-to-all", run.software) is not None
+    spans_nodes = run.count("ep", 1) * run.count("etp", 1) > run.count("devices_per_node", 8)
+    if release is None or not is_recipe or is_stated or not spans_nodes or family_of(run) != "hopper":
+        return None
+    number = float(release[1])
+    return number if number >= FIRST_FLEXIBLE_DISPATCH else None
 
 
 def stack_options(run: PublishedRun) -> dict[str, Any]:
@@ -154,6 +171,8 @@ def stack_options(run: PublishedRun) -> dict[str, Any]:
         overlaps = True
     elif "overlap off" in text or "no ep overlap" in text or "dispatcher" in text:
         overlaps = False
+    elif release := _release_of_flexible_dispatch(run):
+        overlaps = release < FIRST_WITHOUT_OVERLAP
     return {"cuda_graphs": _cuda_graphs(text), "overlaps_expert_communication": overlaps}
 
 
