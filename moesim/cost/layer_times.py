@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moesim.cost.operators import Hardware, OperationCost, price
+from moesim.cost.operators import Hardware, OperationCost, price_all
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import HostWork, Operation, OperationTable
 
@@ -66,8 +66,7 @@ def price_table(table: OperationTable, hardware: Hardware) -> PricedTable:
     has_backward = any(operation.phase != "forward" for operation in table.operations)
     backward = PhaseTimes(host=table.backward_host if has_backward else HostWork())
     priced = PricedTable(table.name, PhaseTimes(host=table.forward_host), backward, PhaseTimes())
-    for operation in table.operations:
-        cost = price(operation, hardware)
+    for operation, cost in zip(table.operations, price_all(table.operations, hardware), strict=True):
         phase = priced.forward if operation.phase == "forward" else priced.backward
         phase.add(operation, cost)
         if operation.is_recomputed_selectively:

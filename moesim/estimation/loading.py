@@ -10,6 +10,7 @@ import numpy as np
 
 from moesim.cost.collectives import fabric_rates
 from moesim.cost.efficiency_surfaces import device_rates
+from moesim.cost.fitted_surfaces import SURFACE_OPERATORS, FittedSurfaces, fitted_surfaces
 from moesim.cost.operators import Hardware
 from moesim.describe.consistency import Inconsistency, hardware_mismatches, inconsistencies
 from moesim.describe.documents import Document, apply_assignments, problems_from_validation, read_document
@@ -78,7 +79,8 @@ def load_document(document: Document, library: HardwareLibrary) -> LoadedScenari
         columns = resolve_columns(group_columns_table(scenario, {}, 1))
         problems += _rule_problems(document, scenario, cluster, columns)
         if not problems:
-            return LoadedScenario(scenario, build_system(scenario, device, cluster, stack), columns, document)
+            system = build_system(scenario, device, cluster, stack, surfaces=device_surfaces(device, library))
+            return LoadedScenario(scenario, system, columns, document)
     raise ScenarioError(problems)
 
 
@@ -125,11 +127,18 @@ def _rule_problems(document: Document, scenario: Scenario, cluster: Cluster, col
     ]
 
 
-def build_system(scenario: Scenario, device: Device, cluster: Cluster, stack: Stack) -> System:
+def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
+    """Surfaces that price a device's kernels: those fitted on it; the four-constant forms do where there are none."""
+    return fitted_surfaces({operator: library.surface(operator, device.id) for operator in SURFACE_OPERATORS})
+
+
+def build_system(
+    scenario: Scenario, device: Device, cluster: Cluster, stack: Stack, *, surfaces: FittedSurfaces
+) -> System:
     """Join a scenario with its profiles and work out the rates everything is priced with."""
     stack = stack_with_options(stack, scenario.stack_options)
     hardware = Hardware(
-        device=device_rates(device, stack),
+        device=device_rates(device, stack, surfaces=surfaces),
         fabric=fabric_rates(cluster, device, stack),
     )
     return System(scenario, device, cluster, stack, hardware, LoadFactors(scenario))

@@ -21,7 +21,7 @@ from moesim.describe.scenario import Scenario
 from moesim.engine.analytical import System, evaluate, model_flops
 from moesim.errors import FormatError, Problem, ScenarioError
 from moesim.estimation.estimate import scenario_document, tokens_per_row
-from moesim.estimation.loading import build_system, validated_scenario
+from moesim.estimation.loading import build_system, device_surfaces, validated_scenario
 from moesim.estimation.spaces import Axis, Space, read_space
 from moesim.structure.columns import COLUMN_OF_PATH, Columns, FloatArray, IntArray
 from moesim.structure.group_tables import encode_value, group_columns_table
@@ -304,7 +304,9 @@ class SpaceEstimator:
         except (ScenarioError, FormatError) as error:
             return error.problems[0].message
         found = [*inconsistencies(scenario), *hardware_mismatches(scenario, device, cluster, stack)]
-        return found[0].message if found else build_system(scenario, device, cluster, stack)
+        if found:
+            return found[0].message
+        return build_system(scenario, device, cluster, stack, surfaces=device_surfaces(device, self._library))
 
     def _swept(self, indices: tuple[IntArray, ...], members: IntArray) -> dict[str, tuple[Sequence[float], IntArray]]:
         return {

@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,20 @@ import numpy.typing as npt
 from moesim.cost.attention_surface import (
     AttentionShapes,
     attention_half_widths,
-    attention_surface_from_document,
     attention_time_s,
     is_in_attention_domain,
 )
 from moesim.cost.efficiency_surfaces import DeviceRates, device_rates
-from moesim.cost.gemm_surface import GemmSurface, gemm_surface_from_json
 from moesim.cost.operators import attention_cost, gemm_cost
 from moesim.cost.uncertainty import NORMAL_QUANTILE, figure_error
 from moesim.describe.hardware import Device
 from moesim.describe.hardware_library import HardwareLibrary
+from moesim.describe.quantities import PRECISION_BYTES
 from moesim.errors import FormatError, Problem, ScenarioError
+from moesim.estimation.loading import device_surfaces
 from moesim.structure.columns import FloatArray
-from moesim.structure.step_graph import AttentionCore, Gemm
+from moesim.structure.lowering_layers import FLASH_BACKWARD_MATMULS_OVER_FORWARD
+from moesim.structure.step_graph import AttentionCore, Gemm, Phase, linear_extents
 
 OPERATORS = ("gemm", "attention")
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -45,8 +46,11 @@ PASSES: dict[str, tuple[str, ...]] = {
     "gemm": ("forward", "dgrad", "wgrad"),
     "attention": ("forward", "backward"),
 }
-BACKWARD_OVER_FORWARD = 2.5
-"""Matrix products of a flash backward pass over those of the forward pass: five to two."""
+PHASE_OF_PASS: dict[str, Phase] = {
+    "forward": "forward",
+    "dgrad": "activation_gradient",
+    "wgrad": "weight_gradient",
+}
 EXTRAPOLATION_FACTOR = 2.0
 """Times the half width outside what was fitted: no held-out error speaks for it."""
 MAX_PROBLEMS = 20
@@ -125,33 +129,29 @@ def predict(
 def _predict_gemm(
     device: Device, columns: Mapping[str, npt.NDArray[Any]], library: HardwareLibrary
 ) -> KernelPrediction:
-    """A[m, k] W[n, k]^T; the activation gradient is (m, k, n), the weight gradient (n, k, m), in GEMM order."""
-    m, n, k = (columns[name] for name in NEEDED["gemm"])
-    is_dgrad, is_wgrad = columns["pass"] == "dgrad", columns["pass"] == "wgrad"
-    rows = np.where(is_wgrad, n, m)
-    width = np.where(is_dgrad | is_wgrad, k, n)
-    inner = np.where(is_dgrad, n, np.where(is_wgrad, m, k))
-    document = library.surface("gemm", device.id)
-    if document is None:
+    """A[m, k] W[n, k]^T and its gradients, priced as a step prices them but for the stack's slow-down."""
+    shape: list[FloatArray] = [columns[name] for name in NEEDED["gemm"]]
+    by_phase = linear_extents(*shape)
+    rows, width, inner = (np.zeros_like(size) for size in shape)
+    for name, phase in PHASE_OF_PASS.items():
+        part = columns["pass"] == name
+        for size, of_phase in zip((rows, width, inner), by_phase[phase], strict=True):
+            size[part] = np.asarray(of_phase)[part]
+    surfaces = device_surfaces(device, library)
+    if surfaces.gemm is None:
         return _transferred_gemm(device, (rows, width, inner), columns["precision"])
-    surface = gemm_surface_from_json(document)
-    time_s = np.empty(len(m))
-    for precision in np.unique(columns["precision"]):
+    rates = device_rates(device, surfaces=surfaces)
+    time_s = np.empty(len(rows))
+    for precision in map(str, np.unique(columns["precision"])):
         part = columns["precision"] == precision
-        time_s[part] = _surface_at(surface, device, str(precision)).time_s(rows[part], width[part], inner[part])
-    inside = surface.is_inside_domain(rows, width, inner) & (columns["precision"] == "bf16")
+        ones, operand_bytes = np.ones(part.sum()), PRECISION_BYTES[precision]
+        work = Gemm(rows[part], width[part], inner[part], ones, precision, operand_bytes, output_bytes=2.0)
+        time_s[part] = gemm_cost(work, rates)[0]
+    inside = surfaces.gemm.is_inside_domain(rows, width, inner) & (columns["precision"] == "bf16")
     inside &= columns["pass"] == "forward"
     is_aligned = (width % ALIGNMENT == 0) & (inner % ALIGNMENT == 0)
-    half_width = surface.half_width(time_s, is_aligned) * np.where(inside, 1.0, EXTRAPOLATION_FACTOR)
+    half_width = surfaces.gemm.half_width(time_s, is_aligned) * np.where(inside, 1.0, EXTRAPOLATION_FACTOR)
     return KernelPrediction(time_s, half_width, _sources(inside))
-
-
-def _surface_at(surface: GemmSurface, device: Device, precision: str) -> GemmSurface:
-    """The surface with the peak of another precision; its latencies stay."""
-    if precision == "bf16" or precision not in device.peak_flop_rate:
-        return surface
-    peak = device_rates(device).peak[precision]
-    return replace(surface, machine=replace(surface.machine, peak_flop_rate=peak))
 
 
 def _available(precision: str, rates: DeviceRates) -> str:
@@ -180,11 +180,10 @@ def _predict_attention(
     """Causal prefill as fitted; without a mask twice the pairs; backward 2.5 times the forward products."""
     shapes = AttentionShapes(*(columns[name] for name in NEEDED["attention"]))
     is_backward, is_masked = columns["pass"] == "backward", columns["is_causal"] == "true"
-    factor = np.where(is_backward, BACKWARD_OVER_FORWARD, 1.0) * np.where(is_masked, 1.0, 2.0)
-    document = library.surface("attention", device.id)
-    if document is None:
+    factor = np.where(is_backward, FLASH_BACKWARD_MATMULS_OVER_FORWARD, 1.0) * np.where(is_masked, 1.0, 2.0)
+    surface = device_surfaces(device, library).attention
+    if surface is None:
         return _transferred_attention(device, shapes, factor, columns["precision"])
-    surface = attention_surface_from_document(document)  # type: ignore[arg-type]
     time_s = attention_time_s(surface, shapes)
     inside = is_in_attention_domain(surface, shapes) & (factor == 1.0) & (columns["precision"] == "bf16")
     half_width = attention_half_widths(surface, time_s) * np.where(inside, 1.0, EXTRAPOLATION_FACTOR)

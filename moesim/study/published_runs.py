@@ -178,7 +178,8 @@ def stack_options(run: PublishedRun) -> dict[str, Any]:
 
 def _cuda_graphs(text: str) -> list[str] | None:
     """Parts that graphs cover: scopes of Megatron-Core after the words "CUDA graph"; a listed preset without any has
-    none."""
+    none.
+    """
     graph = re.search(r"cuda graphs?([^;,]*)", text)
     if re.search(r"no cuda graph|\beager\b", text):
         return []

@@ -1,0 +1,86 @@
+"""The fitted surfaces of one device together, and how far off each was on shapes it had not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moesim.cost.attention_surface import AttentionTimeSurface, attention_surface_from_document
+from moesim.cost.gemm_surface import GemmSurface, gemm_surface_from_json
+from moesim.cost.moe_surface import MoeTimeSurface, moe_surface_from_document
+
+SurfaceOperator = Literal["gemm", "attention", "moe"]
+SURFACE_OPERATORS: tuple[SurfaceOperator, ...] = ("gemm", "attention", "moe")
+NORMAL_QUANTILE = 1.6448536269514722
+"""Two-sided 90 % of a normal distribution."""
+
+
+@dataclass(frozen=True)
+class SurfaceRecord:
+    """Where a surface's numbers come from: what an answer's provenance says of it.
+
+    ``error_fraction`` is one relative standard deviation: the 90th percentile of the relative error on held-out shapes
+    over 1.645. ``compute_fraction`` is the fraction of peak its formula starts from.
+    """
+
+    kind: str
+    source: str
+    compute_fraction: float
+    error_fraction: float
+
+
+@dataclass(frozen=True)
+class FittedSurfaces:
+    """Surfaces of one device; None where it has none and the four-constant forms price.
+
+    ``records`` has one entry for each surface there is.
+    """
+
+    gemm: GemmSurface | None = None
+    attention: AttentionTimeSurface | None = None
+    moe: MoeTimeSurface | None = None
+    records: tuple[tuple[SurfaceOperator, SurfaceRecord], ...] = ()
+
+
+NO_SURFACES = FittedSurfaces()
+
+
+def fitted_surfaces(documents: Mapping[SurfaceOperator, Mapping[str, Any] | None]) -> FittedSurfaces:
+    """Build the surfaces of a device from their JSON objects.
+
+    Parameters
+    ----------
+    documents : mapping
+        One object per operator, None where there is none.
+
+    Returns
+    -------
+    FittedSurfaces
+        What there is.
+    """
+    gemm, attention, moe = (documents.get(operator) for operator in SURFACE_OPERATORS)
+    found = [(operator, document) for operator in SURFACE_OPERATORS if (document := documents.get(operator))]
+    return FittedSurfaces(
+        gemm=gemm_surface_from_json(gemm) if gemm else None,
+        attention=attention_surface_from_document(attention) if attention else None,  # type: ignore[arg-type]
+        moe=moe_surface_from_document(moe) if moe else None,  # type: ignore[arg-type]
+        records=tuple((operator, _record(operator, document)) for operator, document in found),
+    )
+
+
+def _record(operator: SurfaceOperator, document: Mapping[str, Any]) -> SurfaceRecord:
+    """Record of a document: held-out errors over all shapes; of the grouped GEMM, of layers a training step has."""
+    provenance = document["provenance"]
+    if operator == "gemm":
+        held_out, constants = provenance["held_out_error"], document["core"]
+    elif operator == "attention":
+        held_out, constants = provenance["held_out"], document["parameters"]
+    else:
+        held_out, constants = provenance["formula_held_out"]["> 64 tokens per expert"], document["parameters"]
+    return SurfaceRecord(
+        kind=provenance.get("kind", "fitted"),
+        source=provenance["source"],
+        compute_fraction=float(constants["compute_fraction"]),
+        error_fraction=float(held_out["p90"]) / NORMAL_QUANTILE,
+    )
