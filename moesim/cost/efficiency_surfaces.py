@@ -25,8 +25,8 @@ class DeviceRates:
     """Rates of one device under one stack, SI; built once per estimate.
 
     ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at the peak
-    times ``gemm_in_step``, what a stack reaches in a step of the rate of a kernel alone; else ``gemm`` and
-    ``attention`` fractions do, which include that and the sustained clock.
+    times ``gemm_in_step``, what a GEMM reaches in a step of its rate alone (attention: ``clock_in_step``); else ``gemm``
+    and ``attention`` fractions do, which include that.
     """
 
     peak: dict[str, float]
@@ -39,6 +39,7 @@ class DeviceRates:
     traffic_fraction: float
     traffic_fixed_s: float
     compute_units: float
+    clock_in_step: float = 1.0
     gemm_in_step: float = 1.0
     surfaces: FittedSurfaces = NO_SURFACES
 
@@ -65,7 +66,7 @@ class DeviceRates:
 
 def device_rates(device: Device, stack: Stack | None = None, *, surfaces: FittedSurfaces | None = None) -> DeviceRates:
     """Gather a device's figures; a stack scales the GEMM rate, without one the device alone is meant."""
-    clock = device.sustained_clock_fraction.value
+    clock = device.sustained_clock_fraction.value if stack else 1.0
     gemm, memory = device.kernels.gemm, device.kernels.memory_bound
     in_step = stack.gemm_compute_fraction.value if stack else 1.0
     return DeviceRates(
@@ -79,7 +80,8 @@ def device_rates(device: Device, stack: Stack | None = None, *, surfaces: Fitted
         traffic_fraction=memory.memory_fraction.value,
         traffic_fixed_s=memory.fixed_time.value,
         compute_units=device.compute_units.value,
-        gemm_in_step=in_step,
+        clock_in_step=clock,
+        gemm_in_step=clock * in_step,
         surfaces=surfaces or NO_SURFACES,
     )
 

@@ -188,7 +188,7 @@ def attention_surface_at(surface: AttentionTimeSurface, rates: DeviceRates, prec
     """The surface at the device's own figures and the peak of a precision."""
     return replace(
         surface,
-        peak_flop_per_s=rates.peak_for(precision),
+        peak_flop_per_s=rates.peak_for(precision) * rates.clock_in_step,
         memory_bytes_per_s=rates.memory_bandwidth,
         compute_units=rates.compute_units,
     )

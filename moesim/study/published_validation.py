@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.describe.hardware import Stack
+from moesim.describe.hardware import Device, Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import ScenarioError
 from moesim.estimation.estimate import estimate_loaded
@@ -46,8 +46,9 @@ ERROR_COLUMNS = (
 )
 NOTES_FILE = "worst_rows.md"
 """Reasons, written by hand, which the report carries."""
+IN_STEP_RATE = "sustained_clock_fraction or gemm_compute_fraction"
 FITTED_ROWS: tuple[tuple[str, str, str], ...] = (
-    ("use", r"^control_dense$", "gemm_compute_fraction"),
+    ("use", r"^control_dense$", IN_STEP_RATE),
     ("use", r"^overhead_control$", "launch.operation_time"),
     ("id", r"^smartmoe-pinky-.*gshard", "launch.expert_message_time"),
     ("id", r"^smartmoe-inky-.*-fastmoe-gshard(1\.2|2\.4)", "network of a cluster"),
@@ -263,14 +264,13 @@ def _fitting_answer(run: PublishedRun, library: HardwareLibrary) -> StepEstimate
 def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
     answer = _fitting_answer(run, library)
     measured_s, basis = measured_step_time_s(run, answer)
-    stack = library.stack(answer.stack)
     tokens, flops = run.number("tokens_per_s_per_device"), run.number("tflops_per_device")
     step_s = run.number("step_time_s")
     if flops and not tokens and step_s:
         tokens = answer.tokens_per_step / step_s / run.count("n_devices")
     return RunError(
         id=run.id,
-        role="fit" if _is_fitted_on(run, stack) else "judge",
+        role="fit" if _is_fitted_on(run, library.device(answer.device), library.stack(answer.stack)) else "judge",
         device=answer.device,
         source_group=run.text("source_group"),
         model=run.text("model"),
@@ -298,11 +298,12 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
     )
 
 
-def _is_fitted_on(run: PublishedRun, stack: Stack) -> bool:
-    """Whether a constant was fitted on this row; dense runs of stacks whose GEMM rate was not fitted on them judge."""
+def _is_fitted_on(run: PublishedRun, device: Device, stack: Stack) -> bool:
+    """Whether a constant was fitted on this row; dense runs whose rate in a step was not fitted on them judge."""
     constants = [constant for column, pattern, constant in FITTED_ROWS if re.search(pattern, run.text(column))]
-    if constants == ["gemm_compute_fraction"]:
-        return stack.gemm_compute_fraction.kind == "fitted"
+    if constants == [IN_STEP_RATE]:
+        figures = (device.sustained_clock_fraction, stack.gemm_compute_fraction)
+        return any(figure.kind == "fitted" for figure in figures) and "deepspeed" not in run.software
     return bool(constants)
 
 
