@@ -11,7 +11,14 @@ from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import HostWork, Operation, OperationTable
 
 FORWARD, BACKWARD = "forward", "backward"
-COMMUNICATION_STREAMS: tuple[str, ...] = ("tensor_parallel", "context_parallel", "all_to_all")
+COMMUNICATION_STREAMS: tuple[str, ...] = (
+    "tensor_parallel",
+    "expert_tensor_parallel",
+    "context_parallel",
+    "all_to_all",
+)
+REPORTED_AS: dict[str, str] = {"expert_tensor_parallel": "tensor_parallel"}
+"""Streams that an answer counts with another."""
 
 
 @dataclass

@@ -185,6 +185,7 @@ class OverlapAchieved(Description):
     all_to_all: Fraction = 0.0
     all_to_all_beside_compute: Fraction = 0.8
     tensor_parallel: Fraction = 0.0
+    expert_tensor_parallel: Fraction = 0.0
     context_parallel: Fraction = 0.0
     data_parallel: Fraction = 0.0
     pipeline_p2p: Fraction = 0.0
@@ -235,7 +236,11 @@ class StepRatio(Description):
 
 
 class Stack(Description):
-    """A named software stack: framework, kernels and collective library of one era."""
+    """A named software stack: framework, kernels and collective library of one era.
+
+    ``quantised_expert_slowdown`` is the time of its 8-bit (or narrower) expert GEMMs over that of the device's formulas
+    at the peak of that precision, where it is known.
+    """
 
     schema_version: Literal[1]
     id: Identifier
@@ -247,6 +252,7 @@ class Stack(Description):
     compiler: CompilerBehaviour | None = None
     fuses_elementwise: Flag
     gemm_compute_fraction: NumberFigure
+    quantised_expert_slowdown: NumberFigure | None = None
     collective_library: Identifier
     sends_one_copy_per_node: Flag = False
     collectives: Annotated[dict[Tier, CollectiveTier], Field(min_length=1)]

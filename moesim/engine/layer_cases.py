@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from moesim.cost.host_times import expert_messages_s, host_time_s
-from moesim.cost.layer_times import COMMUNICATION_STREAMS, PhaseTimes, PricedTable, price_table, total_s
+from moesim.cost.layer_times import COMMUNICATION_STREAMS, REPORTED_AS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Stack
 from moesim.describe.scenario import Scenario
@@ -207,6 +207,10 @@ class _Assembler:
             hidden = np.minimum(whole * getattr(self.stack.overlap, stream), budget)
             phase.exposed_s[stream], phase.hidden_s[stream] = whole - hidden, hidden
             budget = budget - hidden
+        for stream, name in REPORTED_AS.items():
+            for parts in (phase.exposed_s, phase.hidden_s):
+                if stream in parts:
+                    parts[name] = parts.get(name, 0.0) + parts.pop(stream)
         phase.device_s = sum(phase.exposed_s.values(), 0.0)
         if phase.ideal_parts_s:
             phase.ideal_s = np.maximum.reduce(list(phase.ideal_parts_s.values()))

@@ -249,12 +249,19 @@ def collective(
     load_factor: FloatArray | None = None,
     copies: RoutedCopies | None = None,
 ) -> list[Operation]:
-    """Collectives of a layer, forward and backward; the stream's name is also the category."""
+    """Collectives of a layer, forward and backward; the category is the stream's name, experts' with the others."""
     phases: list[tuple[Phase, Sequence[tuple[CollectiveKind, FloatArray]]]] = [("forward", forward)]
     if context.is_training:
         phases.append(("activation_gradient", backward))
     return [
-        Operation(name, stream, phase, stream, Collective(kind, num_bytes, group, copies), load_factor=load_factor)
+        Operation(
+            name,
+            stream.removeprefix("expert_"),
+            phase,
+            stream,
+            Collective(kind, num_bytes, group, copies),
+            load_factor=load_factor,
+        )
         for phase, collectives in phases
         for kind, num_bytes in collectives
     ]

@@ -26,7 +26,7 @@ from moesim.structure.lowering import (
 )
 from moesim.structure.parameters import shared_width
 from moesim.structure.placement import group_columns
-from moesim.structure.step_graph import Operation, OperationTable, RoutedCopies
+from moesim.structure.step_graph import Gemm, Operation, OperationTable, RoutedCopies
 
 LoadFactor = Callable[[FloatArray], FloatArray]
 CEILING_SLACK = 1e-9
@@ -251,7 +251,7 @@ def _all_to_all(context: LoweringContext, routed: RoutedTokens, factor: FloatArr
     return operations + collective(
         context,
         "experts.expert_tensor_parallel",
-        "tensor_parallel",
+        "expert_tensor_parallel",
         context.group("expert_tensor"),
         forward=[("all_gather", shared), ("reduce_scatter", shared)],
         backward=[("all_gather", shared), ("reduce_scatter", shared)],
@@ -283,6 +283,9 @@ def _experts(
         linear(context, name, "expert_gemm", shape, groups=experts, load_factor=factor, is_ragged=is_ragged)
         for name, shape in (("expert.up", (rows, local * gate, hidden)), ("expert.down", (rows, hidden, local)))
     )
+    slowdown = context.stack.quantised_expert_slowdown
+    if slowdown is not None and PRECISION_BYTES[context.scenario.precision.compute] < 2:
+        up, down = ([_slower(row, slowdown.value) for row in matrices] for matrices in (up, down))
     fused = context.stack.fuses_elementwise
     activation = traffic(
         context,
@@ -296,6 +299,11 @@ def _experts(
     return up + recomputable(context, "moe_act", activation) + down
 
 
+def _slower(operation: Operation, slowdown: float) -> Operation:
+    """A GEMM in slower kernels; its casts are as they are."""
+    return replace(operation, slowdown=slowdown) if isinstance(operation.work, Gemm) else operation
+
+
 def _tensor_parallel_gather(context: LoweringContext, routed: RoutedTokens) -> list[Operation]:
     """Without sequence parallelism, tensor ranks route 1/tensor of the tokens each and gather the results."""
     columns = context.columns
@@ -304,7 +312,7 @@ def _tensor_parallel_gather(context: LoweringContext, routed: RoutedTokens) -> l
     return collective(
         context,
         "moe.tensor_parallel",
-        "tensor_parallel",
+        "expert_tensor_parallel",
         context.group("tensor"),
         forward=[("all_gather", whole)],
         backward=[("all_gather", whole)],

@@ -10,7 +10,15 @@ from moesim.structure.columns import FloatArray
 from moesim.structure.placement import ProcessGroup
 
 Phase = Literal["forward", "activation_gradient", "weight_gradient"]
-Stream = Literal["compute", "tensor_parallel", "context_parallel", "all_to_all", "data_parallel", "pipeline_p2p"]
+Stream = Literal[
+    "compute",
+    "tensor_parallel",
+    "expert_tensor_parallel",
+    "context_parallel",
+    "all_to_all",
+    "data_parallel",
+    "pipeline_p2p",
+]
 Extent = FloatArray | float
 CollectiveKind = Literal["all_to_all", "all_reduce", "all_gather", "reduce_scatter", "point_to_point"]
 
@@ -164,6 +172,8 @@ class Operation:
         Most loaded rank over mean, for operations that grow with routed load; None for the others.
     is_recomputed_selectively : bool
         Whether selective recompute runs it again in the backward pass.
+    slowdown : float
+        Time in the stack's kernels over that of the kernels a device's figures describe.
     """
 
     name: str
@@ -174,6 +184,7 @@ class Operation:
     kernels: int = 1
     load_factor: FloatArray | None = None
     is_recomputed_selectively: bool = False
+    slowdown: float = 1.0
 
 
 HostPart = Literal["attention", "dense_ffn", "router", "experts", "rest"]

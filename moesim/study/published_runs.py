@@ -68,6 +68,7 @@ STACK_RULES: tuple[tuple[str, str, str], ...] = (
     ("ampere", r"x-moe|composer", "pytorch_permute_nccl"),
     ("ampere", r"deepspeed", "deepspeed_nccl"),
     ("hopper", r"deepep|hybridep", "megatron_core_deepep"),
+    ("blackwell", r"\b(26\.(0[6-9]|1\d)|2[7-9]\.\d\d).*(deepep|hybridep)", "megatron_core_hybridep_blackwell_2606"),
     ("blackwell", r"deepep|hybridep", "megatron_core_hybridep_blackwell"),
     ("volta", r"", "pytorch_einsum_nccl"),
     ("ampere", r"", "megatron_core_nccl_ampere"),
