@@ -25,8 +25,8 @@ class DeviceRates:
     """Rates of one device under one stack, SI; built once per estimate.
 
     ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at the peak
-    times ``gemm_in_step``, what a GEMM reaches in a step of its rate alone (attention: ``clock_in_step``); else ``gemm``
-    and ``attention`` fractions do, which include that.
+    times ``gemm_in_step``, what a GEMM reaches in a step of its rate alone (attention: ``clock_in_step``); else the
+    ``gemm`` and ``attention`` fractions do, which include that.
     """
 
     peak: dict[str, float]

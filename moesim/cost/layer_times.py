@@ -26,8 +26,8 @@ class PhaseTimes:
     """Times of one phase of one table, arrays (n_cases,).
 
     ``compute_s`` and ``communication_s`` by category at mean load; ``imbalance_compute_s`` and
-    ``imbalance_communication_s`` by stream what the fullest rank adds; ``ideal_*`` at peak rates; ``kernels`` launched, ``host`` what the
-    host issues.
+    ``imbalance_communication_s`` by stream what the fullest rank adds; ``ideal_*`` at peak rates; ``kernels`` launched,
+    ``host`` what the host issues.
     """
 
     compute_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class PhaseTimes:
     ideal_communication_s: dict[str, FloatArray] = field(default_factory=dict)
     flops: FloatArray | float = 0.0
     kernels: int = 0
-    host: HostWork = HostWork()
+    host: HostWork = field(default_factory=HostWork)
 
     def add(self, operation: Operation, cost: OperationCost) -> None:
         """Add one operation."""

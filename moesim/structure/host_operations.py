@@ -16,7 +16,7 @@ from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import HostPart, HostWork
 
 ATTENTION_OPERATIONS = 45.0
-"""Norm and fused projection 10, split and reshape 6, rotary embedding 6, core with its back-end checks 13, output 10."""
+"""Norm and fused projection 10, split and reshape 6, rotary embedding 6, core and back-end checks 13, output 10."""
 LATENT_ATTENTION_OPERATIONS = 75.0
 """As above with two down and two up projections, their norms, splits and the joining of both parts of a key."""
 DENSE_FFN_OPERATIONS = 24.0

@@ -178,9 +178,7 @@ def stack_options(run: PublishedRun) -> dict[str, Any]:
 
 
 def _cuda_graphs(text: str) -> list[str] | None:
-    """Parts that graphs cover: scopes of Megatron-Core after the words "CUDA graph"; a listed preset without any has
-    none.
-    """
+    """Parts that graphs cover: scopes of Megatron-Core after the words "CUDA graph"; a preset without any has none."""
     graph = re.search(r"cuda graphs?([^;,]*)", text)
     if re.search(r"no cuda graph|\beager\b", text):
         return []
@@ -288,6 +286,12 @@ def _zero_stage(run: PublishedRun, assumed: Assumptions) -> int:
 def _recompute(run: PublishedRun, assumed: Assumptions) -> dict[str, Any]:
     """What is recomputed: by module where the source names modules."""
     text = run.text("recompute")
+    if "fastmoe" in run.software:
+        assumed.add(
+            RECOMPUTE_PATH,
+            f"'{text}'; attention cores: published peaks leave no room for stored scores (5 a s^2 bytes)",
+        )
+        return {"recompute": "selective", "recompute_modules": ["core_attn"]}
     if text in ("none", "none set in recipe function", "not set in test args"):
         return {"recompute": "none"}
     if text.startswith(("full activation", "remat", "custom: offload")) or text == "full":
