@@ -228,7 +228,12 @@ class CompilerBehaviour(Description):
 
 
 class StepRatio(Description):
-    """Measured over predicted step time on published runs that fitted nothing: 5th and 95th percentile."""
+    """Measured over predicted step time on published runs that fitted nothing: 5th and 95th percentile.
+
+    Stacks of one ``stack_class`` share it: current ones, or research code and old networks.
+    """
+
+    stack_class: Literal["current", "research"]
 
     low: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
     high: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False, strict=True)]

@@ -189,7 +189,7 @@ class _Assembler:
                 host_s = host_time_s(times.host, times.kernels, self.stack.launch)
                 phase.host_s = phase.host_s + gather(np.zeros(1) + host_s)
                 if messages_s := expert_messages_s(times.host, self.stack.launch):
-                    phase.exposed_s["all_to_all"] = phase.exposed_s.get("all_to_all", 0.0) + messages_s
+                    phase.exposed_s["all_to_all"] = np.add(phase.exposed_s.get("all_to_all", 0.0), messages_s)
                     phase.serial_s = phase.serial_s + messages_s
         for phase in (forward, backward, selective):
             self._overlap(phase)

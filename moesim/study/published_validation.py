@@ -18,6 +18,7 @@ from moesim.errors import ScenarioError
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import load_document
 from moesim.estimation.step_estimate import MemoryAnswer, StepEstimate
+from moesim.study.interval_checks import IntervalCheck, RatioRow, interval_checks
 from moesim.study.published_facts import PublishedRun, UnpredictableRunError, read_published_runs
 from moesim.study.published_runs import recompute_variants, scenario_document
 
@@ -75,6 +76,7 @@ class RunError:
     use: str
     cluster: str
     stack: str
+    stack_class: str
     basis: str
     measured_s: float
     predicted_s: float
@@ -159,6 +161,15 @@ class PublishedReport:
         """Statistics of the rows that a constant was fitted on, and of those that judge."""
         return _grouped(self.errors, lambda error: error.role)
 
+    def intervals(self) -> list[IntervalCheck]:
+        """Ranges of measured over predicted of the rows that judge, by class of stacks, judged on left-out groups."""
+        rows = [
+            RatioRow(error.measured_s / error.predicted_s, f"{error.source_group}: {error.model}", error.stack_class)
+            for error in self.errors
+            if error.role == "judge"
+        ]
+        return interval_checks(rows)
+
     def to_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
         return {
@@ -167,6 +178,7 @@ class PublishedReport:
             "by_role": [asdict(group) for group in self.by_role()],
             "by_device": [asdict(group) for group in self.by(lambda error: error.device)],
             "by_source": [asdict(group) for group in self.by(lambda error: error.source_group)],
+            "intervals": [asdict(check) for check in self.intervals()],
             "errors": [asdict(error) for error in self.errors],
             "skipped": [asdict(run) for run in self.skipped],
         }
@@ -278,6 +290,7 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
         use=run.text("use"),
         cluster=answer.cluster,
         stack=answer.stack,
+        stack_class=ratio.stack_class if (ratio := library.stack(answer.stack).step_ratio) else "none",
         basis=basis,
         measured_s=measured_s,
         predicted_s=answer.step_time_s,
@@ -342,8 +355,9 @@ def measured_step_time_s(run: PublishedRun, answer: StepEstimate) -> tuple[float
 def _page(report: PublishedReport) -> str:
     sections = [
         "# Published runs, predicted\n",
-        "Predicted as they are, nothing tuned to a row; dense runs set the GEMM rate in a step of four stacks (fit), "
-        "the rest judges. Error: predicted over measured step time, less one; median and "
+        "Predicted as they are, nothing tuned to a row. Rows that a constant of a profile was fitted on are marked fit: "
+        "dense runs (rate of a device in a step), tiny ones (host), some of FastMoE (its exchange, a network); the rest "
+        "judges. Error: predicted over measured step time, less one; median and "
         "90th percentile of its size; bias: geometric mean of predicted over measured, less one; below: runs faster "
         "than `lower_s`, so a fact or an assumption is wrong; above: runs slower than `upper_s`, so something is not "
         "modelled. Rows of one source and model share hardware, software and bias: a median over rows is one over few "
@@ -356,6 +370,8 @@ def _page(report: PublishedReport) -> str:
         _statistics_table(
             "By source and model, judged rows", report.by(lambda error: f"{error.source_group}: {error.model}")
         ),
+        _interval_table(report.intervals()),
+        _memory_text(report.errors),
         "## The ten worst rows\n",
         *[walk_text(error) for error in report.worst()],
         "## The worst rows of the ten worst groups\n",
@@ -388,6 +404,36 @@ def _statistics_table(title: str, groups: Sequence[ErrorStatistics]) -> str:
             f"{group.bias_fraction:+.1%} | {group.below_bounds} | {group.above_bounds} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _interval_table(checks: Sequence[IntervalCheck]) -> str:
+    lines = [
+        "## Intervals, judged on groups left out\n",
+        "Measured over predicted, 5th to 95th percentile of the judged rows of a class of stacks, every source and "
+        "model weighing the same (what stacks carry as `step_ratio`); coverage: share of the rows of a left-out source "
+        "and model inside the range that the others make, mean over them.\n",
+        "| class of stacks | sources × models | rows | low | high | coverage |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for check in checks:
+        lines.append(
+            f"| {check.stack_class} | {check.groups} | {check.rows} | {check.low:.2f} | {check.high:.2f} | "
+            f"{check.coverage:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _memory_text(errors: Sequence[RunError]) -> str:
+    """Allocated bytes predicted over published, and how many runs that ran are said not to fit."""
+    ratios = [error.predicted_memory_gib / error.published_memory_gib for error in errors if error.published_memory_gib]
+    short = sum(not error.fits for error in errors)
+    low, middle, high = np.quantile(ratios or [np.nan], [0.1, 0.5, 0.9])
+    return (
+        "## Memory\n\n"
+        f"Predicted peak of tensors over the published peak of the allocator, {len(ratios)} runs: median {middle:.2f}, "
+        f"10th to 90th percentile {low:.2f} to {high:.2f}. Of {len(errors)} runs, all of which ran, {short} are said not "
+        "to fit.\n"
+    )
 
 
 def walk_text(error: RunError) -> str:
