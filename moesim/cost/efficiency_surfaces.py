@@ -70,7 +70,7 @@ class DeviceRates:
 
 def device_rates(device: Device, stack: Stack | None = None, *, surfaces: FittedSurfaces | None = None) -> DeviceRates:
     """Gather a device's figures; a stack scales the GEMM rate, without one the device alone is meant."""
-    clock = device.sustained_clock_fraction.value
+    clock = device.sustained_clock_fraction.value if stack else 1.0
     gemm, memory = device.kernels.gemm, device.kernels.memory_bound
     in_step = stack.gemm_compute_fraction.value if stack else 1.0
     return DeviceRates(

@@ -66,6 +66,16 @@ class Explanation:
 
 def explain_operation(operation: Operation, hardware: Hardware) -> Explanation:
     """Explain the first case of an operation at mean load."""
+    explanation = _explain_work(operation, hardware)
+    if operation.slowdown == 1.0:
+        return explanation
+    return Explanation(
+        f"({explanation.formula}) slow-down of the stack's kernels",
+        f"({explanation.substituted}) * {operation.slowdown!r}",
+    )
+
+
+def _explain_work(operation: Operation, hardware: Hardware) -> Explanation:
     match operation.work:
         case Gemm() as work:
             return _gemm(work, hardware)

@@ -8,10 +8,17 @@ import numpy as np
 
 from moesim.cost.operators import Hardware, OperationCost, price_all
 from moesim.structure.columns import FloatArray
-from moesim.structure.step_graph import Operation, OperationTable
+from moesim.structure.step_graph import HostWork, Operation, OperationTable
 
 FORWARD, BACKWARD = "forward", "backward"
-COMMUNICATION_STREAMS: tuple[str, ...] = ("tensor_parallel", "context_parallel", "all_to_all")
+COMMUNICATION_STREAMS: tuple[str, ...] = (
+    "tensor_parallel",
+    "expert_tensor_parallel",
+    "context_parallel",
+    "all_to_all",
+)
+REPORTED_AS: dict[str, str] = {"expert_tensor_parallel": "tensor_parallel"}
+"""Streams that an answer counts with another."""
 
 
 @dataclass
@@ -19,7 +26,8 @@ class PhaseTimes:
     """Times of one phase of one table, arrays (n_cases,).
 
     ``compute_s`` and ``communication_s`` by category at mean load; ``imbalance_compute_s`` and
-    ``imbalance_communication_s`` by stream what the fullest rank adds; ``ideal_*`` at peak rates; ``kernels`` launches.
+    ``imbalance_communication_s`` by stream what the fullest rank adds; ``ideal_*`` at peak rates; ``kernels`` launched,
+    ``host`` what the host issues.
     """
 
     compute_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -29,6 +37,7 @@ class PhaseTimes:
     ideal_communication_s: dict[str, FloatArray] = field(default_factory=dict)
     flops: FloatArray | float = 0.0
     kernels: int = 0
+    host: HostWork = field(default_factory=HostWork)
 
     def add(self, operation: Operation, cost: OperationCost) -> None:
         """Add one operation."""
@@ -60,8 +69,10 @@ def _add(totals: dict[str, FloatArray], key: str, value: FloatArray) -> None:
 
 
 def price_table(table: OperationTable, hardware: Hardware) -> PricedTable:
-    """Price every operation of a table once per case."""
-    priced = PricedTable(table.name, PhaseTimes(), PhaseTimes(), PhaseTimes())
+    """Price every operation of a table once per case; without a backward pass the host issues none."""
+    has_backward = any(operation.phase != "forward" for operation in table.operations)
+    backward = PhaseTimes(host=table.backward_host if has_backward else HostWork())
+    priced = PricedTable(table.name, PhaseTimes(host=table.forward_host), backward, PhaseTimes())
     for operation, cost in zip(table.operations, price_all(table.operations, hardware), strict=True):
         phase = priced.forward if operation.phase == "forward" else priced.backward
         phase.add(operation, cost)

@@ -51,6 +51,7 @@ def price_all(operations: Sequence[Operation], hardware: Hardware) -> list[Opera
     for operation in operations:
         time_s, ideal_s, flops = next(costs)
         loaded_s = time_s if operation.load_factor is None else next(costs)[0]
+        time_s, loaded_s = time_s * operation.slowdown, loaded_s * operation.slowdown
         priced.append(OperationCost(time_s, np.maximum(loaded_s - time_s, 0.0), ideal_s, flops))
     return priced
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.collectives import CollectiveTime, collective_time
+from moesim.cost.host_times import host_step_time_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Device
 from moesim.describe.quantities import PRECISION_BYTES
@@ -26,7 +27,8 @@ class StateCosts:
 
     ``reduction_s`` gradients after the last micro-batch (hides under its backward), ``update_gather_s`` updated
     parameters (hides under the next forward), ``pass_gather_s`` ZeRO-3 parameters per pass and ``pass_scatter_s``
-    ZeRO-2/3 gradients per micro-batch, ``optimizer_s`` the update itself.
+    ZeRO-2/3 gradients per micro-batch, ``optimizer_s`` the update itself, ``host_s``
+    what the host adds to it once per step.
     """
 
     reduction_s: FloatArray
@@ -34,6 +36,7 @@ class StateCosts:
     pass_gather_s: FloatArray
     pass_scatter_s: FloatArray
     optimizer_s: FloatArray
+    host_s: FloatArray
     ideal_communication_s: FloatArray
     ideal_optimizer_s: FloatArray
 
@@ -71,12 +74,16 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     reduction = whole.modelled_s * (zero == 0) + scattered.modelled_s * (zero == 1)
     ideal = whole.ideal_s * (zero == 0) + scattered.ideal_s * (zero == 1) + gathered.ideal_s * (zero == 1)
     optimizer_s, ideal_optimizer_s = _optimizer(context, dense, expert, hardware, device)
+    host_s = host_step_time_s(
+        stages.tensors[:, None] + stages.expert_tensors[:, None] / columns["expert"], context.stack.launch
+    )
     return StateCosts(
         reduction_s=reduction,
         update_gather_s=gathered.modelled_s * ((zero == 1) | (zero == 2)),
         pass_gather_s=gathered.modelled_s * (zero == 3),
         pass_scatter_s=scattered.modelled_s * (zero >= 2),
         optimizer_s=optimizer_s,
+        host_s=np.maximum(host_s - optimizer_s, 0.0),
         ideal_communication_s=ideal,
         ideal_optimizer_s=ideal_optimizer_s,
     )

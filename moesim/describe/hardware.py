@@ -191,11 +191,27 @@ class Cluster(Description):
     notes: str = ""
 
 
+GraphedPart = Literal["attention", "dense_ffn", "router", "experts", "step"]
+"""What a CUDA graph may cover: parts of a layer, or the whole step (one compiled program is such a graph)."""
+
+
 class LaunchBehaviour(Description):
-    """Host side of a step: launch time per kernel, whether graphs hide it, synchronisations of dropless counts."""
+    """Host side of a step: what issuing work costs, what graphs replay, synchronisations of dropless counts.
+
+    ``operation_time`` is the host's time for one operation of the framework (Python, dispatcher, autograd, launch);
+    null where no framework stands between, so that each kernel costs its launch. ``loops_over_experts``: grouped GEMMs
+    and their casts are issued expert by expert, a launch each. ``step_time`` is spent once per step on the loop around
+    it (batch, optimizer, clipping, logging); ``cuda_graphs`` lists what is replayed instead of issued.
+    ``expert_message_time`` is what each message between a rank and one expert costs where rows are exchanged expert by
+    expert, each peer on its own; null where one all-to-all does it.
+    """
 
     kernel_launch_time: DurationFigure
-    uses_cuda_graphs: Flag
+    operation_time: DurationFigure | None = None
+    step_time: DurationFigure | None = None
+    loops_over_experts: Flag = False
+    expert_message_time: DurationFigure | None = None
+    cuda_graphs: list[GraphedPart] = []
     host_synchronisations_per_moe_layer: Annotated[int, Field(ge=0, le=100, strict=True)]
     host_synchronisation_time: DurationFigure
 
@@ -248,10 +264,16 @@ class CollectiveTier(Description):
 
 
 class OverlapAchieved(Description):
-    """Share of each communication that the stack can hide under the compute it overlaps with."""
+    """Share of each communication that the stack can hide under the compute it overlaps with.
+
+    ``all_to_all_beside_compute`` is that of the all-to-all where a run asks for it to run beside the compute of another
+    micro-batch: less than all, for its kernels take compute units of their own.
+    """
 
     all_to_all: Fraction = 0.0
+    all_to_all_beside_compute: Fraction = 0.8
     tensor_parallel: Fraction = 0.0
+    expert_tensor_parallel: Fraction = 0.0
     context_parallel: Fraction = 0.0
     data_parallel: Fraction = 0.0
     pipeline_p2p: Fraction = 0.0
@@ -259,24 +281,47 @@ class OverlapAchieved(Description):
 
 
 class StackMemory(Description):
-    """Memory the software holds beside tensors of the model."""
+    """Memory the software holds beside tensors of the model, and bytes of each logit until its backward pass.
+
+    A logit is kept as the projection wrote it and as its exponential in fp32, unless a compiler makes one of the other.
+    """
 
     context: BytesFigure
     communication_buffers: BytesFigure
     fragmentation_fraction: Fraction
+    bytes_per_logit: Annotated[float, Field(gt=0, le=64, allow_inf_nan=False, strict=True)] = 6.0
     source: Annotated[str, Field(min_length=3)]
 
 
 class ScorePasses(Description):
-    """Passes of materialised attention scores through device memory, forward and backward, where they are known."""
+    """Passes of materialised attention scores in fp32 through memory or vector units, where they are known."""
 
     forward: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)]
     backward: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)]
     source: Annotated[str, Field(min_length=3)]
 
 
+class CompilerBehaviour(Description):
+    """What a compiler makes of shapes: XLA lays arrays out in tiles whose minor dimension has ``lane_width`` entries.
+
+    Head sizes and numbers of keys are rounded up to it. ``prefix_sum_passes`` through memory per doubling of the rows
+    that a cumulative sum runs over; null where one kernel does it. ``embeds_by_product``: an embedding is looked up as
+    a matrix product with one-hot rows.
+    """
+
+    lane_width: Count
+    prefix_sum_passes: NumberFigure | None = None
+    embeds_by_product: Flag = False
+    source: Annotated[str, Field(min_length=3)]
+
+
 class StepRatio(Description):
-    """Measured over predicted step time on published runs that fitted nothing: 5th and 95th percentile."""
+    """Measured over predicted step time on published runs that fitted nothing: 5th and 95th percentile.
+
+    Stacks of one ``stack_class`` share it: current ones, or research code and old networks.
+    """
+
+    stack_class: Literal["current", "research"]
 
     low: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
     high: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False, strict=True)]
@@ -284,7 +329,11 @@ class StepRatio(Description):
 
 
 class Stack(Description):
-    """A named software stack: framework, kernels and collective library of one era."""
+    """A named software stack: framework, kernels and collective library of one era.
+
+    ``quantised_expert_slowdown`` is the time of its 8-bit (or narrower) expert GEMMs over that of the device's formulas
+    at the peak of that precision, where it is known.
+    """
 
     schema_version: Literal[1]
     id: Identifier
@@ -293,8 +342,10 @@ class Stack(Description):
     dispatch: Literal["one_hot_einsum", "permute", "fused"]
     attention_kernel: Literal["flash", "materialised"]
     score_passes: ScorePasses | None = None
+    compiler: CompilerBehaviour | None = None
     fuses_elementwise: Flag
     gemm_compute_fraction: NumberFigure
+    quantised_expert_slowdown: NumberFigure | None = None
     collective_library: Identifier
     sends_one_copy_per_node: Flag = False
     collectives: Annotated[dict[Tier, CollectiveTier], Field(min_length=1)]

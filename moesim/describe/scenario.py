@@ -9,6 +9,7 @@ from pydantic import Field
 from moesim.describe.hardware import Identifier
 from moesim.describe.model import Model
 from moesim.describe.quantities import Count, Description, Flag, NonNegativeCount, Precision
+from moesim.describe.stack_options import StackOptions
 
 
 class Workload(Description):
@@ -69,11 +70,17 @@ MeshDimension = Literal["tensor", "context", "expert", "data", "pipeline"]
 DEFAULT_RANK_ORDER: list[MeshDimension] = ["tensor", "context", "expert", "data", "pipeline"]
 
 
+RecomputeModule = Literal["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+DEFAULT_RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = ("core_attn", "mla_up_proj")
+
+
 class Parallelism(Description):
     """Degrees: tensor*context*pipeline*data = devices = expert_tensor*expert*pipeline*expert_data.
 
     ``data: auto`` takes the devices that the other degrees leave. ``rank_order`` lists dimensions, fastest first;
     the expert mesh is ordered alike, with expert_tensor where tensor stands and expert_data where data stands.
+    ``recompute_modules`` are what selective recompute runs again, by the names of Megatron-Core's
+    ``--recompute-modules``; null is attention cores and the up projections of latent attention.
     """
 
     data: Count | Literal["auto"] = "auto"
@@ -85,6 +92,7 @@ class Parallelism(Description):
     expert_tensor: Count = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
     recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: Annotated[list[RecomputeModule], Field(min_length=1)] | None = None
     rank_order: list[MeshDimension] = DEFAULT_RANK_ORDER
 
 
@@ -108,3 +116,4 @@ class Scenario(Description):
     cluster: Identifier
     devices: Count
     stack: Identifier
+    stack_options: StackOptions = StackOptions()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.cost.host_times import replays_step
 from moesim.cost.operators import Hardware
 from moesim.cost.state_costs import StateCosts, hop_time, state_cost_columns, state_costs
 from moesim.describe.hardware import Cluster, Device, Stack
@@ -149,7 +150,7 @@ def _evaluate_plan(
     is_training = scenario.workload.kind == "training"
     step_time_s = _step_end(system, times, finish, costs, states.inverse, passes.inverse)
     memory = _memory(system, sequence, plan, parameters, columns, states)
-    after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s).max(axis=0)
+    after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s + costs.host_s).max(axis=0)
     flops = times.chunk.flops[times.chunk_case][passes.inverse] * columns["num_micro_batches"]
     return PlanEvaluation(
         rows=rows,
@@ -201,21 +202,25 @@ def _pass_columns(scenario: Scenario) -> tuple[str, ...]:
 
 
 def _chunk_times(system: System, plan: StagePlan, layers: LayerCases, cases: IntArray) -> ChunkTimes:
-    """Sum blocks over chunks for some layer cases; the device or the host, whichever is slower."""
+    """Sum blocks over chunks for some layer cases; the device or the host, whichever is slower.
+
+    Between synchronisations a stretch takes max(device, host). Counts copied to the host empty the queue in every MoE
+    layer's forward pass, so each layer there is a stretch of its own; elsewhere a chunk's pass is one.
+    """
     launch = system.stack.launch
     moe_layers = np.zeros(plan.counts.shape[1])
     for index, block in enumerate(layers.layers):
         moe_layers = moe_layers + plan.counts[index] * block.is_moe
     moe_layers[-1] += layers.token_prediction_moe_layers
-    sync_s = launch.host_synchronisations_per_moe_layer * launch.host_synchronisation_time.value
-    host_rate = 0.0 if launch.uses_cuda_graphs else launch.kernel_launch_time.value
+    synchronisations = 0 if replays_step(launch) else launch.host_synchronisations_per_moe_layer
+    sync_s = synchronisations * launch.host_synchronisation_time.value
 
     def total(phase: PhaseName, attribute: str) -> FloatArray:
         return _chunk_sum(layers, plan, phase, attribute, cases)
 
-    waiting = {
-        phase: np.maximum(total(phase, "kernels") * host_rate - total(phase, "device_s"), 0.0) for phase in PHASES
-    }
+    waiting = {phase: np.maximum(total(phase, "host_s") - total(phase, "device_s"), 0.0) for phase in PHASES}
+    if synchronisations and moe_layers.any():
+        waiting["forward"] = total("forward", "waiting_s")
     waiting["forward"] = waiting["forward"] + (moe_layers * sync_s)[:, None]
     return ChunkTimes(
         forward_s=total("forward", "device_s") + waiting["forward"],
@@ -343,7 +348,7 @@ def _step_end(
         chunks.reshape(-1, stages, chunks.shape[1]).sum(axis=0) for chunks in (times.forward_s, times.backward_s)
     )
     end = finish[:, pass_case]
-    end += (costs.reduction_s + costs.update_gather_s + costs.optimizer_s)[:, state_case]
+    end += (costs.reduction_s + costs.update_gather_s + costs.optimizer_s + costs.host_s)[:, state_case]
     eta = system.stack.overlap.data_parallel
     end -= np.minimum((costs.reduction_s * eta)[:, state_case], backward[:, pass_case])
     if costs.update_gather_s.any():

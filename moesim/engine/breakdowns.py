@@ -22,20 +22,21 @@ class StepEnd:
     exposed_s: float
     hidden_s: float
     optimizer_s: float
+    host_s: float
 
 
 def step_end(evaluation: PlanEvaluation, row: int, stage: int) -> StepEnd:
     """End of a step on one stage of one row: the terms that ``analytical._step_end`` sums for all stages and rows."""
     times, costs = evaluation.times, evaluation.costs
     if costs is None:
-        return StepEnd(0.0, 0.0, 0.0)
+        return StepEnd(0.0, 0.0, 0.0, 0.0)
     chunks, pass_case = slice(stage, None, evaluation.plan.stages), int(evaluation.pass_case[row])
     at = (stage, int(evaluation.state_case[row]))
     reduction, gather = float(costs.reduction_s[at]), float(costs.update_gather_s[at])
     eta = evaluation.data_parallel_overlap
     hidden = min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()))
     hidden += min(gather * eta, float(times.forward_s[chunks, pass_case].sum()))
-    return StepEnd(reduction + gather - hidden, hidden, float(costs.optimizer_s[at]))
+    return StepEnd(reduction + gather - hidden, hidden, float(costs.optimizer_s[at]), float(costs.host_s[at]))
 
 
 def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[str, dict[str, float]]:
@@ -60,6 +61,7 @@ def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[st
                     totals[key] = totals.get(key, 0.0) + micro_batches * count * seconds
     chunks, end = slice(stage, None, plan.stages), step_end(evaluation, row, stage)
     exposed["host"] = micro_batches * float(times.chunk.host_s[chunks, times.chunk_case[pass_case]].sum())
+    exposed["host"] += end.host_s
     exposed["data_parallel"] = end.exposed_s + micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
     hidden["data_parallel"] = end.hidden_s + micro_batches * float(times.zero_hidden_s[chunks, pass_case].sum())
     exposed["optimizer"] = end.optimizer_s

@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from moesim.cost.layer_times import COMMUNICATION_STREAMS, PhaseTimes, PricedTable, price_table, total_s
+from moesim.cost.host_times import expert_messages_s, host_time_s
+from moesim.cost.layer_times import COMMUNICATION_STREAMS, REPORTED_AS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Stack
 from moesim.describe.scenario import Scenario
@@ -29,7 +30,7 @@ class BlockPhase:
 
     ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
     peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
-    executed, ``kernels`` launched (an array where recompute differs).
+    executed, ``host_s`` what the host needs to issue it.
     """
 
     exposed_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -39,7 +40,12 @@ class BlockPhase:
     serial_s: FloatArray | float = 0.0
     ideal_s: FloatArray | float = 0.0
     flops: FloatArray | float = 0.0
-    kernels: FloatArray | float = 0.0
+    host_s: FloatArray | float = 0.0
+
+    @property
+    def waiting_s(self) -> FloatArray:
+        """What the device waits for the host where the queue is empty before and after this phase."""
+        return np.maximum(np.asarray(self.host_s) - self.device_s, 0.0)
 
 
 @dataclass
@@ -153,7 +159,7 @@ def _joined(block: Block, other: Block) -> Block:
             one.serial_s + two.serial_s,
             one.ideal_s + two.ideal_s,
             one.flops + two.flops,
-            one.kernels + two.kernels,
+            one.host_s + two.host_s,
         )
 
     name, is_moe = f"{block.name}+{other.name}", block.is_moe or other.is_moe
@@ -174,9 +180,17 @@ class _Assembler:
         """One block; ends of the model are never recomputed."""
         forward, backward, selective = BlockPhase(), BlockPhase(), BlockPhase()
         for table, gather in tables:
-            _accumulate(forward, table.forward, gather)
-            _accumulate(backward, table.backward, gather)
-            _accumulate(selective, table.selective, gather)
+            for phase, times in (
+                (forward, table.forward),
+                (backward, table.backward),
+                (selective, table.selective),
+            ):
+                _accumulate(phase, times, gather)
+                host_s = host_time_s(times.host, times.kernels, self.stack.launch)
+                phase.host_s = phase.host_s + gather(np.zeros(1) + host_s)
+                if messages_s := expert_messages_s(times.host, self.stack.launch):
+                    phase.exposed_s["all_to_all"] = np.add(phase.exposed_s.get("all_to_all", 0.0), messages_s)
+                    phase.serial_s = phase.serial_s + messages_s
         for phase in (forward, backward, selective):
             self._overlap(phase)
         if self.is_training and not is_end:
@@ -193,6 +207,10 @@ class _Assembler:
             hidden = np.minimum(whole * getattr(self.stack.overlap, stream), budget)
             phase.exposed_s[stream], phase.hidden_s[stream] = whole - hidden, hidden
             budget = budget - hidden
+        for stream, name in REPORTED_AS.items():
+            for parts in (phase.exposed_s, phase.hidden_s):
+                if stream in parts:
+                    parts[name] = parts.get(name, 0.0) + parts.pop(stream)
         phase.device_s = sum(phase.exposed_s.values(), 0.0)
         if phase.ideal_parts_s:
             phase.ideal_s = np.maximum.reduce(list(phase.ideal_parts_s.values()))
@@ -206,7 +224,7 @@ class _Assembler:
 
         backward.exposed_s["recompute"] = repeated("device_s")
         backward.hidden_s["recompute"] = full * sum(forward.hidden_s.values(), 0.0)
-        for attribute in ("device_s", "serial_s", "ideal_s", "flops", "kernels"):
+        for attribute in ("device_s", "serial_s", "ideal_s", "flops", "host_s"):
             setattr(backward, attribute, getattr(backward, attribute) + repeated(attribute))
 
 
@@ -222,4 +240,3 @@ def _accumulate(phase: BlockPhase, times: PhaseTimes, gather: Gather) -> None:
     for key, part in parts.items():
         phase.ideal_parts_s[key] = phase.ideal_parts_s.get(key, 0.0) + gather(zero + part)
     phase.flops = phase.flops + gather(zero + times.flops)
-    phase.kernels = phase.kernels + float(times.kernels)

@@ -18,6 +18,7 @@ from moesim.describe.documents import Document, apply_assignments, problems_from
 from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.scenario import Scenario
+from moesim.describe.stack_options import stack_with_options
 from moesim.engine.analytical import System
 from moesim.errors import Problem, ScenarioError
 from moesim.resources import find_scenario
@@ -131,6 +132,7 @@ def build_system(
     scenario: Scenario, device: Device, cluster: Cluster, stack: Stack, *, surfaces: FittedSurfaces
 ) -> System:
     """Join a scenario with its profiles and work out the rates everything is priced with."""
+    stack = stack_with_options(stack, scenario.stack_options)
     hardware = Hardware(
         device=device_rates(device, stack, surfaces=surfaces),
         fabric=fabric_rates(cluster, device, stack),

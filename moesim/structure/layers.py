@@ -77,6 +77,31 @@ def even_layers_per_chunk(num_layers: int, num_chunks: int) -> tuple[int, ...]:
     return tuple(share + (1 if first_extra <= index < first_extra + extra else 0) for index in range(num_chunks))
 
 
+def layers_per_chunk_before_prediction(num_layers: int, num_chunks: int, mtp_layers: int) -> tuple[int, ...]:
+    """Spread layers so that the last chunk has room for token prediction and loss, each counted as a layer.
+
+    Chunks take ceil((layers + modules + 1) / chunks) each and the last what is left; where nothing is left, the first
+    takes fewer. These are the layouts of Megatron-Bridge's DeepSeek-V3 recipes: ``Et|(tt|)*30mL`` on 32 chunks, four
+    layers on each of 15 chunks and one on the last of 16.
+
+    >>> layers_per_chunk_before_prediction(61, 16, 1)
+    (4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 1)
+    >>> layers_per_chunk_before_prediction(61, 8, 1)
+    (8, 8, 8, 8, 8, 8, 8, 5)
+    >>> layers_per_chunk_before_prediction(5, 4, 1)
+    (1, 2, 2, 0)
+    """
+    share = -(-(num_layers + mtp_layers + 1) // num_chunks)
+    counts = [share] * (num_chunks - 1) + [num_layers - share * (num_chunks - 1)]
+    chunk = 0
+    while counts[-1] < 0:
+        taken = min(counts[chunk], -counts[-1])
+        counts[chunk] -= taken
+        counts[-1] += taken
+        chunk += 1
+    return tuple(counts)
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """Layers of each kind in each chunk of the pipeline.
@@ -99,8 +124,15 @@ class StagePlan:
 def stage_plan(
     sequence: LayerSequence, stages: int, virtual_stages: int, layers_per_stage: tuple[int, ...] | None = None
 ) -> StagePlan:
-    """Assign layers to chunks: evenly, or as ``layers_per_stage`` says (spread evenly over a stage's chunks)."""
-    per_chunk = _layers_per_chunk(len(sequence.order), stages, virtual_stages, layers_per_stage)
+    """Assign layers to chunks: as ``layers_per_stage`` says (spread evenly over a stage's chunks), or evenly.
+
+    A model with token prediction whose layers do not divide evenly leaves room for it on the last chunk.
+    """
+    chunks, layers = stages * virtual_stages, len(sequence.order)
+    if layers_per_stage is None and sequence.mtp_layers and layers % chunks:
+        per_chunk = layers_per_chunk_before_prediction(layers, chunks, sequence.mtp_layers)
+    else:
+        per_chunk = _layers_per_chunk(layers, stages, virtual_stages, layers_per_stage)
     counts = np.zeros((len(sequence.kinds), stages * virtual_stages))
     position = 0
     for chunk, layers in enumerate(per_chunk):

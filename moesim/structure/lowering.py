@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moesim.describe.hardware import Stack
 from moesim.describe.model import Model
 from moesim.describe.quantities import PRECISION_BYTES
-from moesim.describe.scenario import Scenario
+from moesim.describe.scenario import DEFAULT_RECOMPUTE_MODULES, RecomputeModule, Scenario
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.placement import ProcessGroup, group_columns, process_group
 from moesim.structure.step_graph import (
@@ -64,6 +64,16 @@ class LoweringContext:
         """Bytes of one activation kept for the backward pass."""
         precision = self.scenario.precision
         return PRECISION_BYTES[precision.saved or precision.activations]
+
+    @property
+    def linear_saved_bytes(self) -> float:
+        """Bytes of one input of a linear layer kept for its weight gradient: quantised ones are kept quantised."""
+        compute = PRECISION_BYTES[self.scenario.precision.compute]
+        return min(compute, self.saved_bytes) if compute < 2 else self.saved_bytes
+
+    def recomputes(self, module: RecomputeModule) -> bool:
+        """Whether selective recompute covers a module; whether a case recomputes selectively is a column."""
+        return module in (self.scenario.parallelism.recompute_modules or DEFAULT_RECOMPUTE_MODULES)
 
     @property
     def gemm_input_bytes(self) -> float:
@@ -142,7 +152,6 @@ def linear(
     groups: FloatArray | float = 1.0,
     precision: str | None = None,
     load_factor: FloatArray | None = None,
-    is_recomputed_selectively: bool = False,
     is_ragged: bool = False,
 ) -> list[Operation]:
     """A linear layer, Y[rows, columns] = X[rows, inner] W: forward, activation gradient and weight gradient.
@@ -162,7 +171,6 @@ def linear(
             "compute",
             gemm(context, phase, phase_shape, groups=groups, precision=precision, is_ragged=is_ragged),
             load_factor=load_factor,
-            is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
         )
         for phase, phase_shape in shapes.items()
     ]
@@ -212,7 +220,6 @@ def traffic(
     kernels: tuple[int, int] = (1, 1),
     element_bytes: float | None = None,
     load_factor: FloatArray | None = None,
-    is_recomputed_selectively: bool = False,
 ) -> list[Operation]:
     """Element-wise work: ``passes`` over ``elements`` forward and backward, each a read or a write."""
     width = context.activation_bytes if element_bytes is None else element_bytes
@@ -226,7 +233,6 @@ def traffic(
             MemoryTraffic(elements * (passes[index] * width)),
             kernels=kernels[index],
             load_factor=load_factor,
-            is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
         )
         for index, phase in enumerate(phases)
     ]
@@ -243,15 +249,29 @@ def collective(
     load_factor: FloatArray | None = None,
     copies: RoutedCopies | None = None,
 ) -> list[Operation]:
-    """Collectives of a layer, forward and backward; the stream's name is also the category."""
+    """Collectives of a layer, forward and backward; the category is the stream's name, experts' with the others."""
     phases: list[tuple[Phase, Sequence[tuple[CollectiveKind, FloatArray]]]] = [("forward", forward)]
     if context.is_training:
         phases.append(("activation_gradient", backward))
     return [
-        Operation(name, stream, phase, stream, Collective(kind, num_bytes, group, copies), load_factor=load_factor)
+        Operation(
+            name,
+            stream.removeprefix("expert_"),
+            phase,
+            stream,
+            Collective(kind, num_bytes, group, copies),
+            load_factor=load_factor,
+        )
         for phase, collectives in phases
         for kind, num_bytes in collectives
     ]
+
+
+def recomputable(context: LoweringContext, module: RecomputeModule, operations: Sequence[Operation]) -> list[Operation]:
+    """Operations of a module, their forward ones marked to run again where selective recompute covers it."""
+    if not context.recomputes(module):
+        return list(operations)
+    return [replace(row, is_recomputed_selectively=True) if row.phase == "forward" else row for row in operations]
 
 
 def tensor_parallel_block(context: LoweringContext, name: str, tokens: FloatArray) -> list[Operation]:
@@ -283,8 +303,10 @@ def norm_and_residual(context: LoweringContext, name: str, tokens: FloatArray, b
     """
     elements = tokens / context.sequence_shard() * (context.model.hidden_size * blocks)
     if context.stack.fuses_elementwise:
-        kernels = (round(2 * blocks), round(2 * blocks))
-        return traffic(context, name, "memory_bound", elements, passes=(5, 6), kernels=kernels)
+        kernels = (round(blocks), round(blocks))
+        norm = traffic(context, f"{name}.norm", "memory_bound", elements, passes=(2, 3), kernels=kernels)
+        residual = traffic(context, f"{name}.residual", "memory_bound", elements, passes=(3, 3), kernels=kernels)
+        return recomputable(context, "layernorm", norm) + residual
     kernels = (round(4 * blocks), round(5 * blocks))
     return traffic(context, name, "memory_bound", elements, passes=(10, 10), kernels=kernels)
 

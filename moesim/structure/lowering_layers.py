@@ -6,6 +6,12 @@ import numpy as np
 
 from moesim.describe.model import GroupedQueryAttention, LatentAttention
 from moesim.structure.columns import FloatArray
+from moesim.structure.host_operations import (
+    EMBEDDING_OPERATIONS,
+    HEAD_OPERATIONS,
+    TOKEN_PREDICTION_OPERATIONS,
+    dense_part_host,
+)
 from moesim.structure.layers import LayerKind
 from moesim.structure.lowering import (
     LoweringContext,
@@ -13,11 +19,12 @@ from moesim.structure.lowering import (
     feed_forward,
     linear,
     norm_and_residual,
+    recomputable,
     tensor_parallel_block,
     traffic,
 )
 from moesim.structure.parameters import attention_output_width, attention_widths
-from moesim.structure.step_graph import AttentionCore, Operation, OperationTable, Phase, PrefillShape
+from moesim.structure.step_graph import AttentionCore, HostWork, Operation, OperationTable, Phase, PrefillShape
 
 FLASH_BACKWARD_MATMULS_OVER_FORWARD = 2.5
 """Products of a flash backward pass over those of the forward pass: five to two, the scores once more."""
@@ -37,8 +44,15 @@ def dense_part(context: LoweringContext, kind: LayerKind) -> OperationTable:
     operations += norm_and_residual(context, "norm_residual", tokens, 3.0 if kind.has_cross_attention else 2.0)
     ffn = context.model.dense_ffn
     if not kind.is_moe and ffn is not None:
-        operations += feed_forward(context, "dense_ffn", tokens, ffn.intermediate_size, ffn.is_gated)
-    return OperationTable(f"{kind.name}.dense_part", operations)
+        network = feed_forward(context, "dense_ffn", tokens, ffn.intermediate_size, ffn.is_gated)
+        operations += recomputable(context, "mlp", network)
+    host = dense_part_host(
+        context.stack,
+        context.model,
+        blocks=2.0 if kind.has_cross_attention else 1.0,
+        has_dense_ffn=not kind.is_moe and ffn is not None,
+    )
+    return OperationTable(f"{kind.name}.dense_part", operations, host, host)
 
 
 def _key_length(context: LoweringContext, side: str) -> FloatArray:
@@ -81,19 +95,13 @@ def _projections(context: LoweringContext, name: str, tokens: FloatArray, key_to
     up_width = attention.heads * (attention.head_size + attention.value_head_size) / tensor
     kv_width = float(attention.kv_rank + attention.rope_head_size)
     operations = linear(context, f"{name}.kv_down", "attention", (key_tokens, kv_width, hidden))
-    operations += linear(
-        context, f"{name}.kv_up", "attention", (key_tokens, up_width, attention.kv_rank), is_recomputed_selectively=True
-    )
+    up = linear(context, f"{name}.kv_up", "attention", (key_tokens, up_width, attention.kv_rank))
+    operations += recomputable(context, "mla_up_proj", up)
     if attention.query_rank is None:
         return operations + linear(context, f"{name}.query", "attention", (tokens, query / tensor, hidden))
     operations += linear(context, f"{name}.query_down", "attention", (tokens, attention.query_rank, hidden))
-    return operations + linear(
-        context,
-        f"{name}.query_up",
-        "attention",
-        (tokens, query / tensor, attention.query_rank),
-        is_recomputed_selectively=True,
-    )
+    query_up = linear(context, f"{name}.query_up", "attention", (tokens, query / tensor, attention.query_rank))
+    return operations + recomputable(context, "mla_up_proj", query_up)
 
 
 def _core(
@@ -103,14 +111,15 @@ def _core(
     attention, tensor = context.model.attention, context.columns["tensor"]
     query, key, value = attention_widths(context.model)
     heads = attention.heads / tensor
-    pairs = tokens * key_length
+    pairs = tokens * padded(context, key_length)
     is_flash = context.stack.attention_kernel == "flash"
     backward = FLASH_BACKWARD_MATMULS_OVER_FORWARD if is_flash else MATERIALISED_BACKWARD_MATMULS_OVER_FORWARD
-    width = (query + attention_output_width(context.model)) / attention.heads
+    output = attention_output_width(context.model)
+    width = float(padded(context, query / attention.heads) + padded(context, output / attention.heads))
     if isinstance(attention, LatentAttention) and context.scenario.workload.kind == "decode":
         width = 2.0 * attention.kv_rank + attention.rope_head_size  # absorbed: scores and sum over the cached latents
     reads = _key_reads(context, key_length, key + value)
-    io_elements = (tokens * (query + attention_output_width(context.model)) + reads) / tensor
+    io_elements = (tokens * (query + output) + reads) / tensor
     phases: list[Phase] = ["forward", "activation_gradient"] if context.is_training else ["forward"]
     operations = [
         Operation(
@@ -125,26 +134,40 @@ def _core(
                 visible_fraction=0.5 if is_causal and is_flash else 1.0,
                 io_elements=io_elements * (1.0 if phase == "forward" else 2.0),
                 precision=_core_precision(context),
-                element_bytes=context.activation_bytes,
+                element_bytes=operand_bytes(context),
                 prefill=_prefill_shape(context, tokens, key_length, width) if is_flash else None,
             ),
             kernels=1 if is_flash else 2,
-            is_recomputed_selectively=phase == "forward",
         )
         for phase in phases
     ]
     if is_flash:
-        return operations
+        return recomputable(context, "core_attn", operations)
     fused = context.stack.fuses_elementwise
-    return operations + traffic(
+    operations += traffic(
         context,
         f"{name}.softmax",
         "memory_bound",
         pairs * heads,
         passes=_score_passes(context),
         kernels=(1, 1) if fused else (4, 4),
-        is_recomputed_selectively=True,
+        element_bytes=4.0 if context.stack.score_passes is not None else None,
     )
+    return recomputable(context, "core_attn", operations)
+
+
+def operand_bytes(context: LoweringContext) -> float:
+    """Bytes of an attention operand: XLA stores what only matrix products read in their 16-bit format."""
+    if context.stack.compiler is None:
+        return context.activation_bytes
+    return min(context.activation_bytes, 2.0)
+
+
+def padded(context: LoweringContext, extent: FloatArray | float) -> FloatArray:
+    """An extent rounded up to the lanes of the compiler's tiles; as it is without such a compiler."""
+    compiler = context.stack.compiler
+    lanes = 1 if compiler is None else compiler.lane_width
+    return np.asarray(extent if lanes == 1 else np.ceil(np.asarray(extent) / lanes - 1e-9) * lanes)
 
 
 def _prefill_shape(
@@ -216,13 +239,23 @@ def _context_parallel(context: LoweringContext, name: str, key_tokens: FloatArra
 
 
 def embedding_part(context: LoweringContext) -> OperationTable:
-    """Token embedding on the first stage: rows are gathered; backward, scattered and added."""
+    """Token embedding on the first stage: rows are gathered; backward, scattered and added.
+
+    Or, where the compiler has it so, a product with one-hot rows and backward the same for the table's gradient
+    (Mesh TensorFlow's ``gather`` is such an einsum).
+    """
     tokens = context.tokens("decoder")
     if context.model.architecture == "encoder_decoder" and context.scenario.workload.kind != "decode":
         tokens = tokens + context.tokens("encoder")
     elements = tokens / context.sequence_shard() * context.model.hidden_size
     operations = traffic(context, "embedding", "embedding_head_loss", elements, passes=(2, 3), kernels=(2, 2))
-    return OperationTable("embedding", operations)
+    if context.stack.compiler is not None and context.stack.compiler.embeds_by_product:
+        local_vocab = np.ceil(context.model.vocab_size / context.columns["tensor"])
+        shape = (tokens, float(context.model.hidden_size), local_vocab)
+        product = linear(context, "embedding.product", "embedding_head_loss", shape)
+        operations += [row for row in product if row.phase != "activation_gradient"]
+    host = HostWork({"rest": EMBEDDING_OPERATIONS})
+    return OperationTable("embedding", operations, host, host)
 
 
 def head_part(context: LoweringContext) -> OperationTable:
@@ -244,7 +277,8 @@ def head_part(context: LoweringContext) -> OperationTable:
         kernels=(4, 2),
         element_bytes=4.0,
     )
-    return OperationTable("head", operations)
+    host = HostWork({"rest": HEAD_OPERATIONS})
+    return OperationTable("head", operations, host, host)
 
 
 def token_prediction_part(context: LoweringContext) -> OperationTable:
@@ -256,4 +290,5 @@ def token_prediction_part(context: LoweringContext) -> OperationTable:
         context, "mtp.projection", "embedding_head_loss", (tokens, hidden / columns["tensor"], 2 * hidden)
     )
     operations += norm_and_residual(context, "mtp.norm", tokens, 1.0)
-    return OperationTable("mtp", operations)
+    host = HostWork({"rest": TOKEN_PREDICTION_OPERATIONS})
+    return OperationTable("mtp", operations, host, host)

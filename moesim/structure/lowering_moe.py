@@ -12,6 +12,7 @@ from moesim.describe.model import MixtureOfExperts
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
 from moesim.structure.columns import DROPLESS, WHOLE_RANK_GROUP, FloatArray
+from moesim.structure.host_operations import moe_part_host
 from moesim.structure.layers import LayerKind
 from moesim.structure.lowering import (
     LoweringContext,
@@ -19,12 +20,13 @@ from moesim.structure.lowering import (
     feed_forward,
     gemm,
     linear,
+    recomputable,
     token_columns,
     traffic,
 )
 from moesim.structure.parameters import shared_width
 from moesim.structure.placement import group_columns
-from moesim.structure.step_graph import Operation, OperationTable, RoutedCopies
+from moesim.structure.step_graph import Gemm, Operation, OperationTable, RoutedCopies
 
 LoadFactor = Callable[[FloatArray], FloatArray]
 CEILING_SLACK = 1e-9
@@ -125,9 +127,16 @@ def moe_part(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor)
     width = shared_width(context.model)
     if width:
         tokens = context.tokens(kind.side)
-        operations += feed_forward(context, "shared_expert", tokens, width, moe.is_gated)
+        shared = feed_forward(context, "shared_expert", tokens, width, moe.is_gated)
+        operations += recomputable(context, "shared_experts", shared)
     operations += _tensor_parallel_gather(context, routed)
-    return OperationTable(f"{kind.name}.moe_part", operations)
+    operations = recomputable(context, "moe", operations)
+    is_quantised = PRECISION_BYTES[context.scenario.precision.compute] < 2
+    forward_host, backward_host = (
+        moe_part_host(context.stack, moe, routed.local_experts, is_quantised=is_quantised, is_backward=is_backward)
+        for is_backward in (False, True)
+    )
+    return OperationTable(f"{kind.name}.moe_part", operations, forward_host, backward_host)
 
 
 def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens) -> list[Operation]:
@@ -135,7 +144,7 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
 
     A softmax reads and writes the logits and a fused top-k reads them once. One-hot stacks choose by k sequential
     argmax passes, each followed by a mask and a position count (2 passes); prototypes (k_top_1) choose in parallel, so
-    one.
+    one. A compiler without a kernel for cumulative sums makes the count in steps that double.
     """
     router = moe.router
     logits = routed.tokens * float(moe.num_experts)
@@ -146,7 +155,7 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
     else:
         passes, kernels = 4.0, 4
     shape = (routed.tokens, float(moe.num_experts), float(context.model.hidden_size))
-    return linear(context, "router.gemm", "router", shape, precision=router.precision) + traffic(
+    choice = traffic(
         context,
         "router.choice",
         "router",
@@ -154,6 +163,20 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
         passes=(passes, 3),
         kernels=(kernels, 3),
         element_bytes=PRECISION_BYTES[router.precision],
+    )
+    projection = linear(context, "router.gemm", "router", shape, precision=router.precision)
+    return projection + choice + _positions(context, routed, logits * sequential)
+
+
+def _positions(context: LoweringContext, routed: RoutedTokens, entries: FloatArray) -> list[Operation]:
+    """Cumulative sums over a group's tokens in log2(S) doubling steps: each token's place at its expert."""
+    compiler = context.stack.compiler
+    if compiler is None or compiler.prefix_sum_passes is None:
+        return []
+    doublings = np.log2(np.maximum(routed.group_tokens, 2.0))
+    passes = (compiler.prefix_sum_passes.value, 0.0)
+    return traffic(
+        context, "router.positions", "router", entries * doublings, passes=passes, kernels=(1, 0), element_bytes=4.0
     )
 
 
@@ -228,7 +251,7 @@ def _all_to_all(context: LoweringContext, routed: RoutedTokens, factor: FloatArr
     return operations + collective(
         context,
         "experts.expert_tensor_parallel",
-        "tensor_parallel",
+        "expert_tensor_parallel",
         context.group("expert_tensor"),
         forward=[("all_gather", shared), ("reduce_scatter", shared)],
         backward=[("all_gather", shared), ("reduce_scatter", shared)],
@@ -260,6 +283,9 @@ def _experts(
         linear(context, name, "expert_gemm", shape, groups=experts, load_factor=factor, is_ragged=is_ragged)
         for name, shape in (("expert.up", (rows, local * gate, hidden)), ("expert.down", (rows, hidden, local)))
     )
+    slowdown = context.stack.quantised_expert_slowdown
+    if slowdown is not None and PRECISION_BYTES[context.scenario.precision.compute] < 2:
+        up, down = ([_slower(row, slowdown.value) for row in matrices] for matrices in (up, down))
     fused = context.stack.fuses_elementwise
     activation = traffic(
         context,
@@ -270,7 +296,12 @@ def _experts(
         kernels=(1, 1) if fused else (2, 2),
         load_factor=factor,
     )
-    return up + activation + down
+    return up + recomputable(context, "moe_act", activation) + down
+
+
+def _slower(operation: Operation, slowdown: float) -> Operation:
+    """A GEMM in slower kernels; its casts are as they are."""
+    return replace(operation, slowdown=slowdown) if isinstance(operation.work, Gemm) else operation
 
 
 def _tensor_parallel_gather(context: LoweringContext, routed: RoutedTokens) -> list[Operation]:
@@ -281,7 +312,7 @@ def _tensor_parallel_gather(context: LoweringContext, routed: RoutedTokens) -> l
     return collective(
         context,
         "moe.tensor_parallel",
-        "tensor_parallel",
+        "expert_tensor_parallel",
         context.group("tensor"),
         forward=[("all_gather", whole)],
         backward=[("all_gather", whole)],

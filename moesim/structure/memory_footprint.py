@@ -44,7 +44,7 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters per stage before sharding, by sharding: each of shape (stages,)."""
+    """Parameters and parameter tensors per stage before sharding, by sharding: each of shape (stages,)."""
 
     tensor: FloatArray
     replicated: FloatArray
@@ -52,6 +52,8 @@ class StageParameters:
     tensor_factored: FloatArray
     replicated_factored: FloatArray
     expert_factored: FloatArray
+    tensors: FloatArray
+    expert_tensors: FloatArray
 
 
 def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePlan) -> StageParameters:
@@ -155,79 +157,112 @@ class LayerActivations:
         return np.where(recompute == RECOMPUTE_CODES["selective"], self.selective, full)
 
 
+@dataclass(frozen=True)
+class KeptBytes:
+    """Bytes of one block kept for its backward pass, and those of them that selective recompute drops."""
+
+    kept: FloatArray
+    dropped: FloatArray
+
+    def __add__(self, other: KeptBytes) -> KeptBytes:
+        return KeptBytes(self.kept + other.kept, self.dropped + other.dropped)
+
+
 def layer_activations(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> LayerActivations:
-    """Activations of one layer, tensor by tensor (after arXiv:2205.05198, section 4)."""
+    """Activations of one layer, tensor by tensor (after arXiv:2205.05198, section 4).
+
+    A tensor that several operations need is kept once. Inputs of quantised linear layers are kept quantised, what
+    attention and activation functions need as computed.
+    """
     tokens = context.tokens(kind.side)
     unit = context.model.hidden_size * context.saved_bytes
     layer_input = tokens / context.sequence_shard() * unit
     keys = context.columns["source_length" if kind.side == "encoder" else "target_length"]
-    everything, dropped = _attention_activations(context, tokens, tokens, keys)
+    kept = _attention_activations(context, tokens, tokens, keys)
     if kind.has_cross_attention:
-        source = context.columns["source_length"]
-        cross, cross_dropped = _attention_activations(context, tokens, context.tokens("encoder"), source)
-        everything, dropped = everything + cross, dropped + cross_dropped
+        kept += _attention_activations(context, tokens, context.tokens("encoder"), context.columns["source_length"])
     ffn = context.model.dense_ffn
     if kind.is_moe:
-        everything = everything + _moe_activations(context, kind, load_factor)
+        kept += _moe_activations(context, kind, load_factor)
     elif ffn is not None:
-        everything = everything + _ffn_activations(context, tokens, ffn.intermediate_size, ffn.is_gated)
-    return LayerActivations(everything, everything - dropped, layer_input)
+        kept += _block_ends(context, tokens, context.linear_saved_bytes)
+        kept += _ffn_activations(context, tokens, ffn.intermediate_size, ffn.is_gated, context.recomputes("mlp"))
+    return LayerActivations(kept.kept, kept.kept - kept.dropped, layer_input)
 
 
-def _block_ends(context: LoweringContext, tokens: FloatArray) -> FloatArray:
+def _block_ends(context: LoweringContext, tokens: FloatArray, output_bytes: float) -> KeptBytes:
     """Norm input and output of one block, and a dropout mask where it is a kernel of its own."""
     shard = tokens / context.sequence_shard() * context.model.hidden_size
     mask = 0.0 if context.stack.fuses_elementwise else 1.0
-    return shard * (2 * context.saved_bytes + mask)
+    output = shard * output_bytes
+    return KeptBytes(shard * (context.saved_bytes + mask) + output, output * context.recomputes("layernorm"))
 
 
 def _attention_activations(
     context: LoweringContext, tokens: FloatArray, key_tokens: FloatArray, key_length: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Bytes kept by an attention block, and those of them that selective recompute drops."""
+) -> KeptBytes:
+    """An attention block: queries, keys, values, output (and its quantised copy), latents, scores or their sums."""
     model, tensor = context.model, context.columns["tensor"]
-    attention, width = model.attention, context.saved_bytes
+    attention, width, linear_width = model.attention, context.saved_bytes, context.linear_saved_bytes
     query, key, value = attention_widths(model)
     projected = (tokens * query + key_tokens * (key + value)) / tensor * width
-    output = tokens * attention_output_width(model) / tensor * width
-    kept = _block_ends(context, tokens) + projected + output
-    dropped = projected * 0
-    if isinstance(attention, LatentAttention):
-        latent = tokens * (attention.query_rank or 0) + key_tokens * (attention.kv_rank + attention.rope_head_size)
-        kept, dropped = kept + latent * width, projected
+    copies = width + (linear_width if linear_width < width else 0.0)
+    output = tokens * attention_output_width(model) / tensor * copies
     heads = attention.heads / tensor
     if context.stack.attention_kernel == "flash":
-        return kept + tokens * heads * 4.0, dropped
-    per_score = width if context.stack.fuses_elementwise else 2 * width + 1.0
-    scores = tokens * key_length * heads * per_score
-    return kept + scores, dropped + scores
+        scores = tokens * heads * 4.0
+    else:
+        scores = tokens * key_length * heads * (width if context.stack.fuses_elementwise else 2 * width + 1.0)
+    total = _block_ends(context, tokens, linear_width)
+    total += KeptBytes(projected + output, projected * 0)
+    total += KeptBytes(scores, scores * context.recomputes("core_attn"))
+    if isinstance(attention, LatentAttention):
+        latent = tokens * (attention.query_rank or 0) + key_tokens * attention.kv_rank
+        normed = latent * linear_width
+        kept = latent * width + key_tokens * (attention.rope_head_size * width) + normed
+        dropped = projected * context.recomputes("mla_up_proj") + normed * context.recomputes("layernorm")
+        total += KeptBytes(kept, dropped)
+    return total
 
 
-def _ffn_activations(context: LoweringContext, tokens: FloatArray, width: float, is_gated: bool) -> FloatArray:
-    inner = tokens * (width * (3.0 if is_gated else 2.0)) / context.columns["tensor"] * context.saved_bytes
-    return _block_ends(context, tokens) + inner
+def _ffn_activations(
+    context: LoweringContext, tokens: FloatArray, width: float, is_gated: bool, is_recomputed: bool
+) -> KeptBytes:
+    """Between the two linear layers: what the activation function reads, and what it writes."""
+    local = tokens * width / context.columns["tensor"]
+    inner = local * ((2.0 if is_gated else 1.0) * context.saved_bytes + context.linear_saved_bytes)
+    return KeptBytes(inner, inner * is_recomputed)
 
 
-def _moe_activations(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> FloatArray:
-    """Router outputs, dispatched rows, expert activations, rows to combine, one-hot masks, shared experts."""
+def _moe_activations(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> KeptBytes:
+    """Router outputs, dispatched rows, expert activations, rows to combine, one-hot masks, shared experts.
+
+    Rows to combine are kept where the router's weights multiply them; fused stacks multiply inside the experts'
+    activation function (Megatron-Core since 0.12) and keep none.
+    """
     moe = context.model.moe
     assert moe is not None
     routed = routed_tokens(context, kind.side)
-    width, hidden = context.saved_bytes, context.model.hidden_size
+    width, linear_width, hidden = context.saved_bytes, context.linear_saved_bytes, context.model.hidden_size
     factor = np.where(routed.is_dropless, load_factor(context.columns["expert"]), 1.0)
     rows = routed.local_experts * routed.rows_per_expert * factor
     tokens = context.tokens(kind.side)
-    kept = _block_ends(context, tokens)
-    kept = kept + routed.tokens * (2.0 * moe.num_experts * PRECISION_BYTES[moe.router.precision])
-    inner = moe.intermediate_size * (3.0 if moe.is_gated else 2.0) / context.columns["expert_tensor"]
-    kept = kept + rows * (hidden * context.dispatch_bytes) + rows * inner * width + routed.sent_rows * (hidden * width)
+    local = rows * (moe.intermediate_size / context.columns["expert_tensor"])
+    written = local * linear_width
+    inside = routed.tokens * (2.0 * moe.num_experts * PRECISION_BYTES[moe.router.precision])
+    inside = inside + rows * (hidden * (linear_width if linear_width < 2 else context.dispatch_bytes))
+    inside = inside + local * ((2.0 if moe.is_gated else 1.0) * width) + written
+    if not context.stack.fuses_elementwise:
+        inside = inside + routed.sent_rows * (hidden * width)
     if context.stack.dispatch == "one_hot_einsum":
-        kept = kept + routed.tokens * moe.num_experts * routed.slots * (2 * width)
+        inside = inside + routed.tokens * moe.num_experts * routed.slots * (2 * width)
+    dropped = inside if context.recomputes("moe") else written * context.recomputes("moe_act")
+    total = _block_ends(context, tokens, width) + KeptBytes(inside, dropped)
     shared = shared_width(context.model)
     if shared:
-        gate = 3.0 if moe.is_gated else 2.0
-        kept = kept + tokens * (shared * gate) / context.columns["tensor"] * width
-    return kept
+        is_recomputed = context.recomputes("shared_experts") or context.recomputes("moe")
+        total += _ffn_activations(context, tokens, shared, moe.is_gated, is_recomputed)
+    return total
 
 
 def dispatch_buffer_bytes(context: LoweringContext, kind: LayerKind, load_factor: LoadFactor) -> FloatArray:
@@ -289,7 +324,9 @@ def _training_activations(
     activations = sum(counts[index][:, None] * layer for index, layer in enumerate(kept)) * in_flight
     largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
     activations = activations + (recompute == RECOMPUTE_CODES["full"]) * largest
-    logits = context.tokens("decoder") * np.ceil(model.vocab_size / columns["tensor"]) * (2 * 4.0)
+    logits = (
+        context.tokens("decoder") * np.ceil(model.vocab_size / columns["tensor"]) * context.stack.memory.bytes_per_logit
+    )
     if schedule == "gpipe":  # every micro-batch's loss waits for its backward pass
         logits = logits * in_flight[-1]
     last = sequence.kinds.index(mtp_layer_kind(sequence))

@@ -186,7 +186,7 @@ def count_parameters(model: Model) -> ParameterCounts:
 
 @dataclass(frozen=True)
 class ShardedSizes:
-    """Parameters by sharding, and their factored second moments: plain numbers for one layer or extra."""
+    """Parameters by sharding, their factored second moments, and tensors: plain numbers for one layer or extra."""
 
     tensor: float
     replicated: float
@@ -194,6 +194,8 @@ class ShardedSizes:
     tensor_factored: float
     replicated_factored: float
     expert_factored: float
+    tensors: float
+    expert_tensors: float
 
 
 def sharded_sizes(groups: list[MatrixGroup]) -> ShardedSizes:
@@ -209,4 +211,6 @@ def sharded_sizes(groups: list[MatrixGroup]) -> ShardedSizes:
         total("tensor", "factored_size"),
         total("replicated", "factored_size"),
         total("expert", "factored_size"),
+        total("tensor", "count") + total("replicated", "count"),
+        total("expert", "count"),
     )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moesim.structure.columns import FloatArray
 from moesim.structure.placement import ProcessGroup
 
 Phase = Literal["forward", "activation_gradient", "weight_gradient"]
-Stream = Literal["compute", "tensor_parallel", "context_parallel", "all_to_all", "data_parallel", "pipeline_p2p"]
+Stream = Literal[
+    "compute",
+    "tensor_parallel",
+    "expert_tensor_parallel",
+    "context_parallel",
+    "all_to_all",
+    "data_parallel",
+    "pipeline_p2p",
+]
 Extent = FloatArray | float
 CollectiveKind = Literal["all_to_all", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "point_to_point"]
 
@@ -165,6 +173,8 @@ class Operation:
         Most loaded rank over mean, for operations that grow with routed load; None for the others.
     is_recomputed_selectively : bool
         Whether selective recompute runs it again in the backward pass.
+    slowdown : float
+        Time in the stack's kernels over that of the kernels a device's figures describe.
     """
 
     name: str
@@ -175,11 +185,34 @@ class Operation:
     kernels: int = 1
     load_factor: FloatArray | None = None
     is_recomputed_selectively: bool = False
+    slowdown: float = 1.0
+
+
+HostPart = Literal["attention", "dense_ffn", "router", "experts", "rest"]
+
+
+@dataclass(frozen=True)
+class HostWork:
+    """What the host issues for one pass of a table.
+
+    ``operations`` of the framework by part of the layer; ``expert_launches`` (n_cases,) kernels launched one by one
+    for the local experts where the stack loops over them; ``expert_messages`` between this rank and single experts
+    where the stack exchanges rows that way.
+    """
+
+    operations: Mapping[HostPart, float] = field(default_factory=dict)
+    expert_launches: FloatArray | float = 0.0
+    expert_messages: float = 0.0
 
 
 @dataclass(frozen=True)
 class OperationTable:
-    """Operations of one layer kind or of the model's ends, over the distinct cases of the columns they read."""
+    """Operations of one layer kind or of the model's ends, over the distinct cases of the columns they read.
+
+    ``forward_host`` and ``backward_host`` are what the host issues for them.
+    """
 
     name: str
     operations: Sequence[Operation]
+    forward_host: HostWork = HostWork()
+    backward_host: HostWork = HostWork()

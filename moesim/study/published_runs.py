@@ -8,21 +8,26 @@ refused with the field that is missing.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from moesim.describe.documents import Document
 from moesim.describe.hardware_library import HardwareLibrary
+from moesim.describe.scenario import DEFAULT_RECOMPUTE_MODULES, RecomputeModule
 from moesim.study.published_facts import Assumptions, PublishedRun, UnpredictableRunError
 from moesim.study.published_models import model_fields
 
 MEGA = 2**20
+FIRST_FLEXIBLE_DISPATCH, FIRST_WITHOUT_OVERLAP = 25.08, 26.04
+"""Releases between which Megatron-Bridge's Hopper recipes with experts over nodes set ``moe_a2a_overlap = True``."""
+RECOMPUTE_PATH = "parallelism.recompute"
 DEFAULT_SEQUENCE = 512
 TPU_MICRO_BATCH_TOKENS = 8192
 
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "V100": ("v100_sxm2_32gb_dgx1_nodes",),
     "V100-32GB": ("v100_sxm2_32gb_dgx1_nodes",),
-    "A100 (40 or 80GB)": ("a100_sxm_40gb_dgx_nodes",),
+    "A100 (40 or 80GB)": ("a100_sxm_40gb_shared_200g_nodes",),
     "A100-40GB": ("a100_sxm_40gb_dgx_nodes",),
     "A100-80GB": ("a100_sxm_dgx_nodes",),
     "A800-80GB": ("a800_sxm_nodes",),
@@ -57,10 +62,13 @@ FAMILIES: tuple[tuple[str, str], ...] = (
 
 STACK_RULES: tuple[tuple[str, str, str], ...] = (
     ("hopper", r"hai-llm", "deepseek_dualpipe_deepep"),
-    ("ampere", r"tutel|fastmoe", "tutel_nccl"),
+    ("ampere", r"fastmoe", "fastmoe_nccl"),
+    ("volta", r"fastmoe", "fastmoe_nccl_volta"),
+    ("ampere", r"tutel", "tutel_nccl"),
     ("ampere", r"x-moe|composer", "pytorch_permute_nccl"),
     ("ampere", r"deepspeed", "deepspeed_nccl"),
     ("hopper", r"deepep|hybridep", "megatron_core_deepep"),
+    ("blackwell", r"\b(26\.(0[6-9]|1\d)|2[7-9]\.\d\d).*(deepep|hybridep)", "megatron_core_hybridep_blackwell_2606"),
     ("blackwell", r"deepep|hybridep", "megatron_core_hybridep_blackwell"),
     ("volta", r"", "pytorch_einsum_nccl"),
     ("ampere", r"", "megatron_core_nccl_ampere"),
@@ -71,6 +79,9 @@ STACK_RULES: tuple[tuple[str, str, str], ...] = (
     ("tpu", r"", "xla_gspmd_modern"),
 )
 """Family of devices, a pattern in framework and options, stack; the first that fits is taken."""
+
+BF16_GRADIENTS = r"megatron-bridge|nemo"
+"""Frameworks whose performance recipes set ``grad_reduce_in_fp32 = False``: gradients are kept and reduced in bf16."""
 
 FULL_CONVENTION = r"mcore v0|x-moe|deepspeed|nemo 24"
 """Frameworks whose published FLOPs count the whole square of causal attention."""
@@ -96,6 +107,7 @@ def scenario_document(run: PublishedRun, library: HardwareLibrary) -> Document:
         "cluster": cluster_of(run, library, assumed),
         "devices": run.devices,
         "stack": stack_of(run),
+        "stack_options": stack_options(run),
         "model": model_fields(run, assumed),
         "precision": precision_fields(run, assumed),
         "optimizer": _optimizer(run, assumed),
@@ -131,9 +143,53 @@ def cluster_of(run: PublishedRun, library: HardwareLibrary, assumed: Assumptions
 def stack_of(run: PublishedRun) -> str:
     """The stack of the first rule that fits family and software."""
     family = family_of(run)
-    return next(
-        stack for needed, pattern, stack in STACK_RULES if needed == family and re.search(pattern, run.software)
-    )
+    software = run.software + (" deepep" if _release_of_flexible_dispatch(run) else "")
+    return next(stack for needed, pattern, stack in STACK_RULES if needed == family and re.search(pattern, software))
+
+
+def _release_of_flexible_dispatch(run: PublishedRun) -> float | None:
+    """Release of a Hopper recipe that says nothing of its dispatcher, where that is DeepEP's; else None.
+
+    The base configurations of Megatron-Bridge (DEEPSEEK_V3_H100_BASE_CONFIG and its successors) dispatch by DeepEP or
+    HybridEP where experts are spread over nodes.
+    """
+    release = re.search(r"\b(2\d\.\d\d)", run.text("date_or_version"))
+    is_recipe = re.search(r"megatron-bridge|nemo", run.software) is not None
+    is_stated = re.search(r"dispatcher|deepep|hybridep|all-to-all", run.software) is not None
+    spans_nodes = run.count("ep", 1) * run.count("etp", 1) > run.count("devices_per_node", 8)
+    if release is None or not is_recipe or is_stated or not spans_nodes or family_of(run) != "hopper":
+        return None
+    number = float(release[1])
+    return number if number >= FIRST_FLEXIBLE_DISPATCH else None
+
+
+def stack_options(run: PublishedRun) -> dict[str, Any]:
+    """What a run's options switch: CUDA graphs and all-to-all beside compute; null where they say nothing."""
+    text = run.software.replace("+", " ")
+    text = re.sub(r"\b(?:\w |_ ){6,}\w\b", lambda spelled: spelled[0].replace(" ", ""), text)
+    overlaps: bool | None = None
+    if re.search(r"(a2a|all-to-all) overlap on|ep communication overlap|dualpipe", text):
+        overlaps = True
+    elif "overlap off" in text or "no ep overlap" in text or "dispatcher" in text:
+        overlaps = False
+    elif release := _release_of_flexible_dispatch(run):
+        overlaps = release < FIRST_WITHOUT_OVERLAP
+    return {"cuda_graphs": _cuda_graphs(text), "overlaps_expert_communication": overlaps}
+
+
+def _cuda_graphs(text: str) -> list[str] | None:
+    """Parts that graphs cover: scopes of Megatron-Core after the words "CUDA graph"; a preset without any has none."""
+    graph = re.search(r"cuda graphs?([^;,]*)", text)
+    if re.search(r"no cuda graph|\beager\b", text):
+        return []
+    if graph is None:
+        return [] if "dispatcher" in text else None
+    if re.search(r"full.iteration", text):
+        return ["step"]
+    scopes = graph[1]
+    parts = {"attention": "attn", "dense_ffn": "mlp", "router": "router|preprocess", "experts": r"moe\b"}
+    covered = [part for part, scope in parts.items() if re.search(rf"\b(?:{scope}|moe_(?:{scope}))", scopes)]
+    return covered or ["attention", "router"]
 
 
 def precision_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
@@ -153,14 +209,16 @@ def precision_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
     compute = "fp4" if "fp4" in text else "fp8" if "fp8" in text else "bf16" if "bf16" in text else None
     if compute is None:
         raise UnpredictableRunError("precision", f"'{run.text('precision')}'")
+    gradients = "bf16" if re.search(BF16_GRADIENTS, run.software) else "fp32"
     assumed.add(
-        "precision", "parameters, activations and dispatch bf16, gradients and their sums fp32: recipe defaults"
+        "precision", f"parameters, activations and dispatch bf16, gradients and their sums {gradients}: recipe defaults"
     )
     return {
         "compute": compute,
         "parameters": "bf16",
         "master": "fp32",
-        "gradients": "fp32",
+        "gradients": gradients,
+        "reduction": gradients,
         "activations": "bf16",
         "dispatch": "bf16",
     }
@@ -200,7 +258,7 @@ def parallelism_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, Any
         "expert": run.count("ep") if is_moe else 1,
         "expert_tensor": expert_tensor if is_moe else 1,
         "zero_stage": _zero_stage(run, assumed),
-        "recompute": _recompute(run, assumed),
+        **_recompute(run, assumed),
     }
 
 
@@ -225,21 +283,57 @@ def _zero_stage(run: PublishedRun, assumed: Assumptions) -> int:
     return 1
 
 
-def _recompute(run: PublishedRun, assumed: Assumptions) -> str:
-    """The nearest of the schema's three; single modules are not in the schema."""
+def _recompute(run: PublishedRun, assumed: Assumptions) -> dict[str, Any]:
+    """What is recomputed: by module where the source names modules."""
     text = run.text("recompute")
+    if "fastmoe" in run.software:
+        assumed.add(
+            RECOMPUTE_PATH,
+            f"'{text}'; attention cores: published peaks leave no room for stored scores (5 a s^2 bytes)",
+        )
+        return {"recompute": "selective", "recompute_modules": ["core_attn"]}
     if text in ("none", "none set in recipe function", "not set in test args"):
-        return "none"
+        return {"recompute": "none"}
     if text.startswith(("full activation", "remat", "custom: offload")) or text == "full":
-        return "full"
-    modules = set(re.findall(r"\w+", text.partition(":")[2]))
+        return {"recompute": "full"}
     if text.startswith("selective") or "up-projections" in text:
-        nearest = "full" if "moe" in modules else "selective" if "core_attn" in modules else "none"
-        assumed.add("parallelism.recompute", f"'{text}' is not in the schema; {nearest} is nearest in time")
-        return nearest
+        return {"recompute": "selective", "recompute_modules": _recomputed_modules(text, assumed)}
     default = "full" if run.is_tpu and family_of(run) == "tpu" else "none"
-    assumed.add("parallelism.recompute", f"'{text or 'not published'}'; {default}, the framework's default")
-    return default
+    assumed.add(RECOMPUTE_PATH, f"'{text or 'not published'}'; {default}, the framework's default")
+    return {"recompute": default}
+
+
+def _recomputed_modules(text: str, assumed: Assumptions) -> list[str]:
+    """Modules named in a text; qualifiers such as "first 3 dense layers" are what the module is anyway."""
+    words = set(re.findall(r"[a-z_]+", text.lower().replace("rmsnorm", "layernorm")))
+    if "up" in words and "projections" in words:
+        words.add("mla_up_proj")
+    modules = [name for name in get_args(RecomputeModule) if name in words]
+    if not modules:
+        assumed.add(RECOMPUTE_PATH, f"'{text}'; the default modules")
+        return list(DEFAULT_RECOMPUTE_MODULES)
+    return modules
+
+
+def recompute_variants(document: Document) -> Iterator[Document]:
+    """The document, and where its source says nothing of recompute, the same with ever more of it.
+
+    A run that ran did fit: the least that fits is taken by whoever asks. Modules in the order in which recipes add
+    them: cheap element-wise work first, then up projections, networks, everything.
+    """
+    yield document
+    parallelism, assumed = document.data["parallelism"], document.data["assumed"]
+    if RECOMPUTE_PATH not in assumed or parallelism["recompute"] != "none":
+        return
+    for modules in (["layernorm", "moe_act"], ["layernorm", "moe_act", "mla_up_proj", "mlp", "core_attn"], None):
+        chosen = {"recompute": "selective", "recompute_modules": modules} if modules else {"recompute": "full"}
+        reason = f"not published; the least that fits: {', '.join(modules) if modules else 'everything'}"
+        data = {
+            **document.data,
+            "parallelism": parallelism | chosen,
+            "assumed": assumed | {RECOMPUTE_PATH: reason},
+        }
+        yield Document(document.file, data, {})
 
 
 def workload_fields(run: PublishedRun, parallelism: dict[str, Any], assumed: Assumptions) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from moesim.describe.hardware import Device, Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import ScenarioError
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import load_document
-from moesim.estimation.step_estimate import StepEstimate
+from moesim.estimation.step_estimate import MemoryAnswer, StepEstimate
+from moesim.study.interval_checks import IntervalCheck, RatioRow, interval_checks
 from moesim.study.published_facts import PublishedRun, UnpredictableRunError, read_published_runs
-from moesim.study.published_runs import scenario_document
+from moesim.study.published_runs import recompute_variants, scenario_document
 
 WORST_ROWS = 10
 ERROR_COLUMNS = (
@@ -44,8 +47,14 @@ ERROR_COLUMNS = (
 )
 NOTES_FILE = "worst_rows.md"
 """Reasons, written by hand, which the report carries."""
-FITTED_USE = "control_dense"
-"""Runs that set the stacks' GEMM rate in a step; MoE runs judge it."""
+IN_STEP_RATE = "sustained_clock_fraction or gemm_compute_fraction"
+FITTED_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("use", r"^control_dense$", IN_STEP_RATE),
+    ("use", r"^overhead_control$", "launch.operation_time"),
+    ("id", r"^smartmoe-pinky-.*gshard", "launch.expert_message_time"),
+    ("id", r"^smartmoe-inky-.*-fastmoe-gshard(1\.2|2\.4)", "network of a cluster"),
+)
+"""Columns and patterns of the rows that a constant was fitted on, and the constant; all other rows judge it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,8 @@ class RunError:
     """A published run beside its prediction.
 
     ``basis`` says which published figure the measured step time follows from; ``error_fraction`` is predicted over
-    measured less one. ``role`` is ``fit`` where the run is of the kind a constant of its stack was fitted on (dense
-    controls set the GEMM rate in a step), else ``judge``. FLOPs per token and memory are compared where the source has
+    measured less one. ``role`` is ``fit`` where a constant of a profile was fitted on the run (``FITTED_ROWS``), else
+    ``judge``. FLOPs per token and memory are compared where the source has
     them.
     """
 
@@ -67,6 +76,7 @@ class RunError:
     use: str
     cluster: str
     stack: str
+    stack_class: str
     basis: str
     measured_s: float
     predicted_s: float
@@ -151,6 +161,15 @@ class PublishedReport:
         """Statistics of the rows that a constant was fitted on, and of those that judge."""
         return _grouped(self.errors, lambda error: error.role)
 
+    def intervals(self) -> list[IntervalCheck]:
+        """Ranges of measured over predicted of the rows that judge, by class of stacks, judged on left-out groups."""
+        rows = [
+            RatioRow(error.measured_s / error.predicted_s, f"{error.source_group}: {error.model}", error.stack_class)
+            for error in self.errors
+            if error.role == "judge"
+        ]
+        return interval_checks(rows)
+
     def to_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
         return {
@@ -159,6 +178,7 @@ class PublishedReport:
             "by_role": [asdict(group) for group in self.by_role()],
             "by_device": [asdict(group) for group in self.by(lambda error: error.device)],
             "by_source": [asdict(group) for group in self.by(lambda error: error.source_group)],
+            "intervals": [asdict(check) for check in self.intervals()],
             "errors": [asdict(error) for error in self.errors],
             "skipped": [asdict(run) for run in self.skipped],
         }
@@ -241,17 +261,28 @@ def run_published_validation(data: Path, out: Path | None = None) -> PublishedRe
     return report
 
 
+def _fitting_answer(run: PublishedRun, library: HardwareLibrary) -> StepEstimate:
+    """Estimate of a run; where its source says nothing of recompute, with the least that fits, else with none."""
+    first: StepEstimate | None = None
+    for document in recompute_variants(scenario_document(run, library)):
+        answer = estimate_loaded(load_document(document, library))
+        first = first or answer
+        if answer.fits:
+            return answer
+    assert first is not None
+    return first
+
+
 def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
-    answer = estimate_loaded(load_document(scenario_document(run, library), library))
+    answer = _fitting_answer(run, library)
     measured_s, basis = measured_step_time_s(run, answer)
-    is_fitted = library.stack(answer.stack).gemm_compute_fraction.kind == "fitted"
     tokens, flops = run.number("tokens_per_s_per_device"), run.number("tflops_per_device")
     step_s = run.number("step_time_s")
     if flops and not tokens and step_s:
         tokens = answer.tokens_per_step / step_s / run.count("n_devices")
     return RunError(
         id=run.id,
-        role="fit" if is_fitted and run.text("use") == FITTED_USE else "judge",
+        role="fit" if _is_fitted_on(run, library.device(answer.device), library.stack(answer.stack)) else "judge",
         device=answer.device,
         source_group=run.text("source_group"),
         model=run.text("model"),
@@ -259,6 +290,7 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
         use=run.text("use"),
         cluster=answer.cluster,
         stack=answer.stack,
+        stack_class=ratio.stack_class if (ratio := library.stack(answer.stack).step_ratio) else "none",
         basis=basis,
         measured_s=measured_s,
         predicted_s=answer.step_time_s,
@@ -269,7 +301,7 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
         published_tflop_per_token=flops / tokens if flops and tokens else None,
         model_tflop_per_token=answer.model_flops_per_step / answer.tokens_per_step / 1e12,
         published_memory_gib=run.number("peak_mem_gib_per_device"),
-        predicted_memory_gib=answer.memory.peak / 2**30,
+        predicted_memory_gib=allocated_bytes(answer.memory) / 2**30,
         parameters_b=answer.parameters.total / 1e9,
         published_parameters_b=run.number("total_params_b"),
         exposed_s=answer.exposed_s,
@@ -277,6 +309,20 @@ def _predicted(run: PublishedRun, library: HardwareLibrary) -> RunError:
         assumptions=dict(answer.assumptions),
         source=run.text("source"),
     )
+
+
+def _is_fitted_on(run: PublishedRun, device: Device, stack: Stack) -> bool:
+    """Whether a constant was fitted on this row; dense runs whose rate in a step was not fitted on them judge."""
+    constants = [constant for column, pattern, constant in FITTED_ROWS if re.search(pattern, run.text(column))]
+    if constants == [IN_STEP_RATE]:
+        figures = (device.sustained_clock_fraction, stack.gemm_compute_fraction)
+        return any(figure.kind == "fitted" for figure in figures) and "deepspeed" not in run.software
+    return bool(constants)
+
+
+def allocated_bytes(memory: MemoryAnswer) -> float:
+    """Bytes of tensors, as PyTorch's allocator counts its peak: without context, library buffers and fragmentation."""
+    return float(memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.buffers)
 
 
 def measured_step_time_s(run: PublishedRun, answer: StepEstimate) -> tuple[float, str]:
@@ -309,8 +355,9 @@ def measured_step_time_s(run: PublishedRun, answer: StepEstimate) -> tuple[float
 def _page(report: PublishedReport) -> str:
     sections = [
         "# Published runs, predicted\n",
-        "Predicted as they are, nothing tuned to a row; dense runs set the GEMM rate in a step of four stacks (fit), "
-        "the rest judges. Error: predicted over measured step time, less one; median and "
+        "Predicted as they are, nothing tuned to a row. Rows that a constant of a profile was fitted on are marked fit: "
+        "dense runs (rate of a device in a step), tiny ones (host), some of FastMoE (its exchange, a network); the rest "
+        "judges. Error: predicted over measured step time, less one; median and "
         "90th percentile of its size; bias: geometric mean of predicted over measured, less one; below: runs faster "
         "than `lower_s`, so a fact or an assumption is wrong; above: runs slower than `upper_s`, so something is not "
         "modelled. Rows of one source and model share hardware, software and bias: a median over rows is one over few "
@@ -323,6 +370,8 @@ def _page(report: PublishedReport) -> str:
         _statistics_table(
             "By source and model, judged rows", report.by(lambda error: f"{error.source_group}: {error.model}")
         ),
+        _interval_table(report.intervals()),
+        _memory_text(report.errors),
         "## The ten worst rows\n",
         *[walk_text(error) for error in report.worst()],
         "## The worst rows of the ten worst groups\n",
@@ -355,6 +404,36 @@ def _statistics_table(title: str, groups: Sequence[ErrorStatistics]) -> str:
             f"{group.bias_fraction:+.1%} | {group.below_bounds} | {group.above_bounds} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _interval_table(checks: Sequence[IntervalCheck]) -> str:
+    lines = [
+        "## Intervals, judged on groups left out\n",
+        "Measured over predicted, 5th to 95th percentile of the judged rows of a class of stacks, every source and "
+        "model weighing the same (what stacks carry as `step_ratio`); coverage: share of the rows of a left-out source "
+        "and model inside the range that the others make, mean over them.\n",
+        "| class of stacks | sources × models | rows | low | high | coverage |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for check in checks:
+        lines.append(
+            f"| {check.stack_class} | {check.groups} | {check.rows} | {check.low:.2f} | {check.high:.2f} | "
+            f"{check.coverage:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _memory_text(errors: Sequence[RunError]) -> str:
+    """Allocated bytes predicted over published, and how many runs that ran are said not to fit."""
+    ratios = [error.predicted_memory_gib / error.published_memory_gib for error in errors if error.published_memory_gib]
+    short = sum(not error.fits for error in errors)
+    low, middle, high = np.quantile(ratios or [np.nan], [0.1, 0.5, 0.9])
+    return (
+        "## Memory\n\n"
+        f"Predicted peak of tensors over the published peak of the allocator, {len(ratios)} runs: median {middle:.2f}, "
+        f"10th to 90th percentile {low:.2f} to {high:.2f}. Of {len(errors)} runs, all of which ran, {short} are said not "
+        "to fit.\n"
+    )
 
 
 def walk_text(error: RunError) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from random_scenarios import loaded, random_document, shipped_library, with_fields
@@ -320,14 +320,54 @@ class TestInference:
 
 def test_host_waits_for_the_counts_of_token_prediction_experts_too():
     """A multi-token-prediction module is a layer: a dropless MoE there synchronises like any other."""
-    synchronising = {"model.moe.router.capacity_factor": None, "stack": "megatron_core_nccl"}
-    scenario = loaded(with_fields(SMALL_MOE, synchronising))
-    launch = scenario.system.stack.launch
-    waiting_s = launch.host_synchronisations_per_moe_layer * launch.host_synchronisation_time.value
+    fields = {
+        "model.moe.router.capacity_factor": None,
+        "stack": "megatron_core_nccl",
+        "workload.sequences_per_micro_batch": 8,
+    }
+    free_issuing = {
+        "operation_time": None,
+        "step_time": None,
+        "kernel_launch_time": DurationFigure(value="0 us", kind="assumed", source="none"),
+    }
+    host_s, waiting_s = [], 0.0
+    for modules in (0, 1):
+        scenario = loaded(with_fields(SMALL_MOE, fields | {"model.mtp_layers": modules}))
+        launch = scenario.system.stack.launch
+        waiting_s = launch.host_synchronisations_per_moe_layer * launch.host_synchronisation_time.value
+        system = changed_system(scenario, stack={"launch": launch.model_copy(update=free_issuing)})
+        (part,) = evaluate(system, scenario.columns)
+        host_s.append(breakdown(part, scenario.columns, 0)["exposed"]["host"])
     assert waiting_s > 0
-    large = {"workload.sequences_per_micro_batch": 8, **synchronising}  # kernels long enough to hide their launches
-    plain, with_module = answer_to(SMALL_MOE, large), answer_to(SMALL_MOE, large | {"model.mtp_layers": 1})
-    assert with_module.exposed_s["host"] - plain.exposed_s["host"] == pytest.approx(waiting_s)
+    assert host_s[1] - host_s[0] == pytest.approx(waiting_s)
+
+
+class TestTimeOfAHostBoundStretch:
+    """Between synchronisations a stretch takes max(device, host), and a graph issues nothing."""
+
+    TINY: ClassVar = {"workload.sequences_per_micro_batch": 1, "stack": "megatron_core_nccl"}
+
+    def test_slow_issuing_sets_the_step_of_small_kernels(self):
+        scenario = loaded(with_fields(SMALL_MOE, self.TINY))
+        launch = scenario.system.stack.launch
+        assert launch.operation_time is not None
+
+        def with_operation_time(factor: float) -> float:
+            value = launch.operation_time.model_copy(update={"value": launch.operation_time.value * factor})
+            changed = launch.model_copy(update={"operation_time": value, "step_time": None})
+            return step_time(changed_system(scenario, stack={"launch": changed}), scenario)
+
+        slow, slower = with_operation_time(100.0), with_operation_time(200.0)
+        assert slower == pytest.approx(2 * slow, rel=0.05)
+        assert with_operation_time(1e-6) < 0.1 * slow
+
+    def test_captured_parts_issue_less_than_eager_ones_and_a_captured_step_least(self):
+        times = [
+            answer_to(SMALL_MOE, self.TINY | {"stack_options.cuda_graphs": parts}).exposed_s["host"]
+            for parts in ([], ["router"], ["attention", "router"], ["step"])
+        ]
+        assert times == sorted(times, reverse=True)
+        assert len(set(times)) == 4
 
 
 def changed_system(scenario: LoadedScenario, *, stack: dict[str, Any]) -> System:
@@ -349,9 +389,9 @@ def test_replayed_launches_are_never_slower(seed):
     launch = scenario.system.stack.launch
     with_graphs, without = (
         step_time(
-            changed_system(scenario, stack={"launch": launch.model_copy(update={"uses_cuda_graphs": graphs})}), scenario
+            changed_system(scenario, stack={"launch": launch.model_copy(update={"cuda_graphs": graphs})}), scenario
         )
-        for graphs in (True, False)
+        for graphs in (["step"], [])
     )
     assert with_graphs <= without * (1 + ROUNDING)
 
