@@ -20,6 +20,10 @@ LinkFractions = Mapping[str, float]
 """Part of the nominal bandwidth that flows reach, per tier of links; 1 where nothing is given."""
 
 
+MOST_FLOWS = 4_000_000
+"""More are not listed one by one: 4 million take about 2 GiB."""
+
+
 @dataclass(frozen=True)
 class Flows:
     """Explicit flows, arrays (n_flows,).
@@ -199,13 +203,17 @@ def uniform_all_to_all(
     Raises
     ------
     ScenarioError
-        E-NET-003 for more ranks than devices and negative bytes.
+        E-NET-003 for more ranks than devices, negative bytes, and groups that follow no symmetry and are too large.
     """
     if pattern.num_ranks > topology.num_devices:
         message = f"{pattern.num_ranks} ranks on the {topology.num_devices} devices of {topology.name}"
         raise _bad_traffic(message, f"use at most {topology.num_devices}")
     quotient = topology.symmetry.quotient(topology.channels, pattern)
     if quotient is None:
+        if pattern.num_ranks * pattern.size > MOST_FLOWS:
+            message = f"{pattern.num_ranks} ranks in groups of {pattern.size} follow no level of {topology.name}"
+            message += f", and {pattern.num_ranks * pattern.size:,} flows are too many to list"
+            raise _bad_traffic(message, "choose groups that fill nodes, leaves or rows, or divide them")
         everyone = np.arange(pattern.num_ranks)
         peers = pattern.peers(everyone)
         flows = Flows.of(np.repeat(everyone, pattern.size), peers.ravel(), bytes_per_pair)

@@ -108,8 +108,9 @@ def representative_piece(topology: Topology, most: int = MOST_VERTICES) -> Piece
     if len(everything) <= most:
         return Piece(everything, is_whole=True)
     symmetry = topology.symmetry
-    radices = [digit.radix for digit in symmetry.digits] if isinstance(symmetry, DigitSymmetry) else []
-    is_torus = any(digit.kind in ("shift", "reflection") for digit in symmetry.digits) if radices else False
+    digits_of_device = symmetry.digits if isinstance(symmetry, DigitSymmetry) else ()
+    radices = [digit.radix for digit in digits_of_device]
+    is_torus = any(digit.kind in ("shift", "reflection") for digit in digits_of_device)
     devices = np.arange(topology.num_devices)
     for share in (2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096):
         if is_torus:
