@@ -160,11 +160,8 @@ class _Run:
         """
         until = min(self.now + self.window_s, self._begin_of_waiting())
         is_done = ends <= until
-        if (
-            is_done.all()
-            or until <= first_end * (1.0 + SAME_TIME)
-            or (ends[is_done] <= first_end * (1.0 + SAME_TIME)).all()
-        ):
+        is_one_event = bool((ends[is_done] <= first_end * (1.0 + SAME_TIME)).all())
+        if is_one_event or is_done.all() or until <= first_end * (1.0 + SAME_TIME):
             return False
         entries, capacity, length = self._active_entries(), self.classes.capacity, until - self.now
         is_left = ~is_done
