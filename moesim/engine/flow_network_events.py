@@ -76,7 +76,7 @@ def transmit(classes: FlowClasses, *, merge_within: float = 0.0, observer: Obser
         Flows and links.
     merge_within : float
         0 for exact events. Else ends within this part of the ideal time (that of the busiest link, always full) are
-        one event while more than 256 classes are active: see ``_Run.merge``. Only for flows of one batch.
+        one event while more than 256 classes are active: see ``_Run._merge``. Only for flows of one batch.
     observer : callable, optional
         Sees every interval.
 
