@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,14 @@ import numpy as np
 from moesim.cost.algorithm_choice import Choice, choose_algorithms, runnable_algorithms
 from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic, ideal_time_s
 from moesim.cost.collectives import fabric_rates
-from moesim.cost.communication_libraries import library_time_s
+from moesim.cost.communication_libraries import FabricRates, library_time_s
 from moesim.cost.exchange_matrices import matrix_demand
 from moesim.describe.hardware import HierarchicalFabric
 from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import CollectiveKind
 from moesim.study.network_flows import FlowPricer
-from moesim.study.network_pricing import flows_under_library_s, link_fractions, named_algorithm_s
+from moesim.study.network_pricing import contention_of_flows, link_fractions, named_algorithm_s
 from moesim.study.network_questions import AUTO, NetworkCase
 
 IN_SWITCH = "nvls"
@@ -170,7 +170,10 @@ def _time_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic) 
     """Ideal time, or what the stack makes of it: of its own choice, or of the algorithm that was named."""
     if case.stack is None:
         return ideal_time_s(demand, case.fabric)
-    rates = fabric_rates(case.cluster, case.device, case.stack)
+    return _library_s(case, demand, traffic, fabric_rates(case.cluster, case.device, case.stack))
+
+
+def _library_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic, rates: FabricRates) -> FloatArray:
     if case.algorithm == AUTO and case.shares is None:
         return library_time_s(case.kind, traffic, rates)
     return named_algorithm_s(case.kind, demand, traffic, rates)
@@ -190,7 +193,8 @@ def _by_flows(case: NetworkCase, choices: list[Choice]) -> Iterator[tuple[float,
         one = GroupTraffic(traffic.num_bytes[[index]], traffic.extents[:, [index]])
         wire_s = np.array([max(flows_s - pricer.empty_s(choice.algorithm), 0.0)])
         demand = algorithm.demand(case.kind, one, rates)
-        time_s = float(flows_under_library_s(case.kind, demand, one, rates, wire_s)[0])
+        shared = replace(one, contention=contention_of_flows(case.kind, demand, rates, wire_s))
+        time_s = float(_library_s(case, demand, shared, rates)[0])
         yield time_s, link, busy_s / time_s
 
 
