@@ -13,6 +13,7 @@ from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic, ideal
 from moesim.cost.collectives import fabric_rates
 from moesim.cost.communication_libraries import FabricRates, library_time_s
 from moesim.cost.exchange_matrices import matrix_demand
+from moesim.cost.nccl_tuner import NVLS_EFFICIENCY
 from moesim.describe.hardware import HierarchicalFabric
 from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import FloatArray
@@ -136,7 +137,7 @@ def chosen_algorithms(case: NetworkCase) -> list[Choice]:
         return [Choice("direct" if case.algorithm == AUTO else case.algorithm)] * len(case.sizes)
     if case.algorithm != AUTO:
         return [Choice(case.algorithm)] * len(case.sizes)
-    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, case.cluster, case.device)
+    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, cluster=case.cluster, device=case.device)
     if case.engine == "flow":
         return [Choice("ring", choice.protocol) if choice.algorithm == IN_SWITCH else choice for choice in chosen]
     return chosen
@@ -213,7 +214,10 @@ def _notes(case: NetworkCase, choices: list[Choice]) -> tuple[str, ...]:
             "ideal: nominal bandwidth, one hop latency per round; name a --stack for what a library makes of it"
         )
     if case.algorithm == AUTO and any(choice.protocol for choice in choices):
-        notes.append("algorithm and protocol as NCCL 2.30.7's tuner takes them")
+        priced = "; times are of the stack's own choice between them" if case.stack is not None else ""
+        notes.append(f"algorithm and protocol as NCCL 2.30.7's tuner takes them{priced}")
+    if case.algorithm == IN_SWITCH and case.device.generation not in NVLS_EFFICIENCY:
+        notes.append(f"switches of {case.device.id} do not reduce; this is what they would take")
     if case.engine == "flow" and case.kind == "all_reduce" and case.algorithm == AUTO:
         notes.append("flows: switches do not reduce; where the library would use them, a ring is simulated")
     if case.engine == "flow" and any(choice.algorithm != "direct" for choice in choices):
