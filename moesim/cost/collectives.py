@@ -23,7 +23,6 @@ from moesim.describe.hardware import (
     Cluster,
     CollectiveTier,
     Device,
-    HierarchicalFabric,
     LinkLevel,
     ProtocolConstants,
     Stack,
