@@ -26,7 +26,7 @@ WIDEST = 1e3
 
 @dataclass(frozen=True)
 class LevelMeasurement:
-    """All-reduce over ``domains`` of a level with everything inside them: seconds of a small one, bytes/s of a large."""
+    """All-reduce over ``domains`` of a level, everything inside them: seconds of a small one, bytes/s of a large."""
 
     domains: int
     latency_s: float | None

@@ -7,7 +7,8 @@ from typing import assert_never
 
 import numpy as np
 
-from moesim.cost.collectives import FabricRates, collective_time
+from moesim.cost.collectives import collective_time
+from moesim.cost.communication_libraries import FabricRates
 from moesim.cost.efficiency_surfaces import (
     ROW_GRANULARITY,
     DeviceRates,

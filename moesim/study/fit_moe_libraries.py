@@ -105,8 +105,10 @@ class MoeFit:
         kinds = tuple(KERNEL_KINDS)
         self._kind_of_library = np.array([kinds.index(KIND_OF_LIBRARY[name]) for name in self.libraries])
         self.spreads = np.concatenate(
-            [np.repeat([p.spread for p in PRIORS.values()], len(kinds))]
-            + [np.repeat([p.spread_of_libraries for p in PRIORS.values()], len(self.libraries))]
+            [
+                np.repeat([p.spread for p in PRIORS.values()], len(kinds)),
+                np.repeat([p.spread_of_libraries for p in PRIORS.values()], len(self.libraries)),
+            ]
         )
 
     def constants(self, parameters: FloatArray) -> MoeConstants:

@@ -104,7 +104,7 @@ def _us(value: float) -> str:
 
 
 def _document(name: str, fits: LibraryFits, constants: dict[str, Any], words: str, *, several: bool) -> dict[str, Any]:
-    """Errors are standard deviations of held-out systems' logarithms: latencies' of small sizes, fractions' of large."""
+    """Errors: standard deviations of logarithms on held-out systems, small sizes for latencies, large for fractions."""
     systems = fits.systems_of_library.get(name, 0)
     place = "several nodes" if several else "one node"
     small, large = (fits.half_widths[f"{place}, {size} 1 MiB"] / NORMAL_QUANTILE for size in ("<", ">="))
