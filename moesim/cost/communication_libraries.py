@@ -85,8 +85,8 @@ class FabricRates(Fabric):
 
     ``own_copy``: link time of a byte that a rank moves to itself, in bytes, in reductions and gathers, and
     ``exchange_own_copy`` in exchanges; ``exchange_algorithm`` of all-to-alls; ``levels_exponent`` p combines the wire
-    times of an exchange's levels, (sum t^p)^(1/p): infinite where they run beside each other. ``contention`` of the real
-    wires by kind and group, where flows are to be simulated.
+    times of an exchange's levels, (sum t^p)^(1/p): infinite where they run beside each other. ``contention`` of the
+    real wires by kind and group, where flows are to be simulated.
     """
 
     levels: tuple[LevelRates, ...]
