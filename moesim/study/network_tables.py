@@ -137,6 +137,8 @@ def chosen_algorithms(case: NetworkCase) -> list[Choice]:
         return [Choice("direct" if case.algorithm == AUTO else case.algorithm)] * len(case.sizes)
     if case.algorithm != AUTO:
         return [Choice(case.algorithm)] * len(case.sizes)
+    if case.stack is not None and case.stack.sends_one_copy_per_node and case.kind == "all_to_all":
+        return [Choice("rail_aligned")] * len(case.sizes)
     chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, cluster=case.cluster, device=case.device)
     if case.engine == "flow":
         return [Choice("ring", choice.protocol) if choice.algorithm == IN_SWITCH else choice for choice in chosen]
