@@ -16,7 +16,7 @@ from moesim.structure.topology import sums
 
 ROUNDS = 30
 REFINEMENTS, RESIDUAL, DIVERGING = 10, 1e-14, 1e3
-"""Substitutions before elimination, the part of a capacity left over that is rounding, and the part that is hopeless."""
+"""Substitutions before elimination, the part of a capacity left over that is rounding, and that which is hopeless."""
 MOST_LINKS = 1024
 """Beyond this many holding links the dense system costs more than water-filling."""
 
@@ -90,7 +90,7 @@ def _solved_in_order(matrix: FloatArray, right: FloatArray) -> FloatArray | None
     """
     from scipy.linalg import solve_triangular
 
-    solved = np.zeros_like(right)
+    solved: FloatArray = np.zeros_like(right)
     rest = right
     for _ in range(REFINEMENTS):
         solved = solved + solve_triangular(matrix, rest, lower=True, check_finite=False)
@@ -101,7 +101,7 @@ def _solved_in_order(matrix: FloatArray, right: FloatArray) -> FloatArray | None
         if not error < DIVERGING:
             break
     try:
-        solved = np.linalg.solve(matrix, right)
+        solved = np.asarray(np.linalg.solve(matrix, right), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
     return solved if np.isfinite(solved).all() else None
