@@ -169,8 +169,11 @@ def collective_time(work: Collective, fabric: FabricRates) -> CollectiveTime:
     """Time of a collective of equal groups that all run at once; zero for groups of one rank or no bytes."""
     extents = group_extents(work.group, fabric.sizes)
     shape = np.broadcast_shapes(extents.shape[1:], work.num_bytes.shape)
-    extents = np.broadcast_to(extents, (extents.shape[0], *shape))
-    traffic = GroupTraffic(np.broadcast_to(work.num_bytes, shape), extents, work.copies)
-    happens = (traffic.num_bytes > 0) & (np.broadcast_to(work.group.size, shape) > 1)
+    num_bytes = work.num_bytes
+    if extents.shape[1:] != num_bytes.shape:
+        extents = np.broadcast_to(extents, (extents.shape[0], *shape))
+        num_bytes = np.broadcast_to(num_bytes, shape)
+    traffic = GroupTraffic(num_bytes, extents, work.copies)
+    happens = (num_bytes > 0) & (work.group.size > 1)
     times = library_times(work.kind, traffic, fabric)
     return CollectiveTime(times.modelled_s * happens, times.ideal_s * happens)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -155,34 +156,44 @@ def transfer(
     Transfer
         Arrays of shape (n_cases,).
     """
-    shape = traffic.num_bytes.shape
     is_exchange, is_one_message = demand.algorithm == fabric.exchange_algorithm, demand.levels_combine == "slowest"
     own_copy = fabric.exchange_own_copy if is_exchange else fabric.own_copy
-    latency, pipelining = np.zeros(shape), np.zeros(shape)
-    wires, alone = [], []
+    pipelining: Constant = 0.0
+    latencies, wires = [], []
     for index, (asks, protocol) in enumerate(zip(demand.levels, protocols, strict=True)):
         level, extent = fabric.levels[index], traffic.extents[index]
         enters = extent > 1
-        own = own_copy * demand.own_bytes if index == 0 else 0.0
-        wires.append((asks.wire_bytes + own) / (level.bandwidth * protocol.fraction))
+        carried = asks.wire_bytes
+        if index == 0 and not _is_zero(own_copy):
+            carried = carried + own_copy * demand.own_bytes
+        wires.append(carried / (level.bandwidth * protocol.fraction))
         starts = index == 0 and not level.is_ring and not is_one_message
-        base = protocol.base_s if starts else enters * protocol.base_s
-        level_s = base + asks.rounds * protocol.round_s + asks.peers * protocol.peer_s
-        if np.any(protocol.doubling_s):
-            level_s = level_s + np.log2(extent) * protocol.doubling_s
-        latency = latency + level_s
-        alone.append(level_s)
-        pipelining = np.where(enters, protocol.pipelining, pipelining)
+        latency = protocol.base_s if starts else enters * protocol.base_s
+        for constant, amount in ((protocol.round_s, asks.rounds), (protocol.peer_s, asks.peers)):
+            latency = latency if _is_zero(constant) else latency + constant * amount
+        if not _is_zero(protocol.doubling_s):
+            latency = latency + np.log2(extent) * protocol.doubling_s
+        latencies.append(latency)
+        if index == 0 or not _is_zero(protocol.pipelining):
+            pipelining = np.where(enters, protocol.pipelining, pipelining)
+        else:
+            pipelining = pipelining * ~enters
     if is_one_message:
-        slowest = np.argmax(np.stack([a + w for a, w in zip(alone, wires, strict=True)]), axis=0)[None]
-        latency = np.take_along_axis(np.stack(alone), slowest, axis=0)[0]
-        return Transfer(latency, np.take_along_axis(np.stack(wires), slowest, axis=0)[0], pipelining)
-    exponent = fabric.levels_exponent if is_exchange else np.inf
+        slowest = np.argmax([one + wire for one, wire in zip(latencies, wires, strict=True)], axis=0)
+        chosen = [np.choose(slowest, [np.broadcast_to(one, slowest.shape) for one in of]) for of in (latencies, wires)]
+        return Transfer(chosen[0], chosen[1], np.asarray(pipelining))
+    latency_s, exponent = np.asarray(sum(latencies)), fabric.levels_exponent if is_exchange else np.inf
     if demand.levels_combine == "serial":
         exponent = 1.0
     if np.isinf(exponent):
-        return Transfer(latency, np.max(wires, axis=0), pipelining)
-    return Transfer(latency, np.asarray((np.stack(wires) ** exponent).sum(axis=0) ** (1.0 / exponent)), pipelining)
+        return Transfer(latency_s, np.asarray(reduce(np.maximum, wires)), np.asarray(pipelining))
+    total_s = np.asarray((np.stack(wires) ** exponent).sum(axis=0) ** (1.0 / exponent))
+    return Transfer(latency_s, total_s, np.asarray(pipelining))
+
+
+def _is_zero(constant: Constant) -> bool:
+    """Whether a constant is the number zero, so that what it multiplies need not be worked out."""
+    return isinstance(constant, float) and constant == 0.0
 
 
 @dataclass(frozen=True)
