@@ -56,12 +56,14 @@ class GroupTraffic:
     """Collectives of equal groups that all run at once, one per case.
 
     ``num_bytes`` (n_cases,) as in ``structure.step_graph.Collective`` (broadcast: the message); ``extents``
-    (n_levels, n_cases) as ``structure.placement.group_extents`` gives them.
+    (n_levels, n_cases) as ``structure.placement.group_extents`` gives them. ``contention`` is how much longer the bytes
+    take on the real wires than on links of each device's own, where that is known.
     """
 
     num_bytes: FloatArray
     extents: FloatArray
     copies: RoutedCopies | None = None
+    contention: FloatArray | float = 1.0
 
     @cached_property
     def ranks(self) -> FloatArray:

@@ -173,7 +173,8 @@ def collective_time(work: Collective, fabric: FabricRates) -> CollectiveTime:
     if extents.shape[1:] != num_bytes.shape:
         extents = np.broadcast_to(extents, (extents.shape[0], *shape))
         num_bytes = np.broadcast_to(num_bytes, shape)
-    traffic = GroupTraffic(num_bytes, extents, work.copies)
+    contention = fabric.contention(work.kind, work.group) if fabric.contention is not None else 1.0
+    traffic = GroupTraffic(num_bytes, extents, work.copies, contention)
     happens = (num_bytes > 0) & (work.group.size > 1)
     times = library_times(work.kind, traffic, fabric)
     return CollectiveTime(times.modelled_s * happens, times.ideal_s * happens)

@@ -17,7 +17,7 @@ Stops being true where a library mispredicts and takes a slow algorithm, and whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -26,6 +26,7 @@ import numpy as np
 from moesim.cost.collective_algorithms import algorithms_of
 from moesim.cost.collective_demands import CollectiveDemand, Fabric, FabricLevel, GroupTraffic, wire_time_s
 from moesim.structure.columns import FloatArray
+from moesim.structure.placement import ProcessGroup
 from moesim.structure.step_graph import CollectiveKind
 
 Constant = float | FloatArray
@@ -85,7 +86,8 @@ class FabricRates(Fabric):
 
     ``own_copy``: link time of a byte that a rank moves to itself, in bytes, in reductions and gathers, and
     ``exchange_own_copy`` in exchanges; ``exchange_algorithm`` of all-to-alls; ``levels_exponent`` p combines the wire
-    times of an exchange's levels, (sum t^p)^(1/p): infinite where they run beside each other.
+    times of an exchange's levels, (sum t^p)^(1/p): infinite where they run beside each other. ``contention`` of the
+    real wires by kind and group, where flows are to be simulated.
     """
 
     levels: tuple[LevelRates, ...]
@@ -94,6 +96,7 @@ class FabricRates(Fabric):
     exchange_own_copy: Constant = 0.0
     exchange_algorithm: str = "direct"
     levels_exponent: float = np.inf
+    contention: Callable[[CollectiveKind, ProcessGroup], FloatArray] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def transfer(
     for index, (asks, protocol) in enumerate(zip(demand.levels, protocols, strict=True)):
         level, extent = fabric.levels[index], traffic.extents[index]
         enters = extent > 1
-        carried = asks.wire_bytes
+        carried = asks.wire_bytes * traffic.contention
         if index == 0 and not _is_zero(own_copy):
             carried = carried + own_copy * demand.own_bytes
         wires.append(carried / (level.bandwidth * protocol.fraction))
