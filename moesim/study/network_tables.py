@@ -11,7 +11,7 @@ import numpy as np
 from moesim.cost.algorithm_choice import Choice, choose_algorithms, runnable_algorithms
 from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic, ideal_time_s
 from moesim.cost.collectives import fabric_rates
-from moesim.cost.communication_libraries import FabricRates, library_time_s
+from moesim.cost.communication_libraries import FabricRates, library_times
 from moesim.cost.exchange_matrices import matrix_demand
 from moesim.cost.nccl_tuner import NVLS_EFFICIENCY
 from moesim.describe.hardware import HierarchicalFabric
@@ -178,7 +178,7 @@ def _time_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic) 
 
 def _library_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic, rates: FabricRates) -> FloatArray:
     if case.algorithm == AUTO and case.shares is None:
-        return library_time_s(case.kind, traffic, rates)
+        return library_times(case.kind, traffic, rates).modelled_s
     return named_algorithm_s(case.kind, demand, traffic, rates)
 
 
