@@ -12,7 +12,9 @@ from moesim.cli import EXIT_TOLERANCE
 
 def validate_collectives_command(
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="CSV file of measured collectives.")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write the report and every row here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write the report and every row here.")
+    ] = None,
     refit: Annotated[
         bool, typer.Option("--refit", help="Fit on this file, once without each system, instead of the shipped fits.")
     ] = False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -64,12 +65,12 @@ class GroupTraffic:
     copies: RoutedCopies | None = None
     contention: FloatArray | float = 1.0
 
-    @property
+    @cached_property
     def ranks(self) -> FloatArray:
         """Members of each group, (n_cases,)."""
         return np.asarray(np.prod(self.extents, axis=0))
 
-    @property
+    @cached_property
     def inside(self) -> FloatArray:
         """Members of a group within one domain of the level below, (n_levels, n_cases): 1 at the innermost."""
         reached = np.cumprod(self.extents, axis=0)

@@ -13,7 +13,6 @@ group is simulated once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,12 +20,13 @@ from moesim.cost.collective_algorithms import algorithms_of
 from moesim.cost.collective_demands import GroupTraffic, wire_time_s
 from moesim.cost.communication_libraries import FabricRates
 from moesim.describe.hardware import Cluster, Device, HierarchicalFabric
+from moesim.engine.flow_network_traffic import Flows, simulate_flows, uniform_all_to_all
 from moesim.structure.columns import FloatArray, IntArray
 from moesim.structure.placement import ProcessGroup, group_extents
 from moesim.structure.step_graph import CollectiveKind
-
-if TYPE_CHECKING:
-    from moesim.structure.topology import Topology
+from moesim.structure.topology import Topology
+from moesim.structure.topology_builders import build_topology
+from moesim.structure.topology_symmetry import RankPattern
 
 LONG_BYTES = 1e15
 """So long that the latency of hops does not count."""
@@ -96,15 +96,10 @@ class FlowContention:
     def topology(self) -> Topology:
         """Wires of the cluster, scale-up domains as crossbars; built when first used."""
         if self._topology is None:
-            from moesim.structure.topology_builders import build_topology
-
             self._topology = build_topology(_with_crossbars(self.cluster), self.device)
         return self._topology
 
     def _exchange_s(self, size: int, stride: int) -> float:
-        from moesim.engine.flow_network_traffic import uniform_all_to_all
-        from moesim.structure.topology_symmetry import RankPattern
-
         pattern, fractions = RankPattern(self.num_ranks, size, stride), self._link_fractions("all_to_all")
         return uniform_all_to_all(self.topology, pattern, LONG_BYTES / size, link_fractions=fractions).makespan_s
 
@@ -113,7 +108,7 @@ class FlowContention:
 
         A message between neighbours is one such step.
         """
-        position = np.arange(size)
+        pattern, position = RankPattern(self.num_ranks, size, stride), np.arange(size)
         inside, slowest = 1, 0.0
         for index, extent in enumerate(extents[:, 0].astype(np.int64)):
             if extent > 1:
@@ -124,20 +119,16 @@ class FlowContention:
                     each, ahead = LONG_BYTES, np.where(digit + 1 < extent, ahead, position)
                 level = self.fabric.levels[index]
                 both_ways = level.is_ring and level.wraps and extent >= level.size and kind != "point_to_point"
-                slowest = max(slowest, self._step_s(kind, size, stride, ahead, each, both_ways=both_ways))
+                slowest = max(slowest, self._step_s(kind, pattern, ahead, each, both_ways=both_ways))
             inside *= int(extent)
         return slowest
 
     def _step_s(
-        self, kind: CollectiveKind, size: int, stride: int, ahead: IntArray, each: float, *, both_ways: bool
+        self, kind: CollectiveKind, pattern: RankPattern, ahead: IntArray, each: float, *, both_ways: bool
     ) -> float:
-        from moesim.engine.flow_network_traffic import Flows, simulate_flows
-        from moesim.structure.topology_symmetry import RankPattern
-
         everyone = np.arange(self.num_ranks)
-        members = RankPattern(self.num_ranks, size, stride).peers(everyone)
-        place = everyone // stride % size
-        target = members[everyone, ahead[place]]
+        place = everyone // pattern.stride % pattern.size
+        target = pattern.peers(everyone)[everyone, ahead[place]]
         source = everyone
         if both_ways:
             source, target, each = np.concatenate([source, target]), np.concatenate([target, source]), each / 2.0

@@ -82,9 +82,9 @@ def collective_report(validation: CollectiveValidation) -> str:
     lines = [
         "# Collectives and MoE kernels, on systems that were not fitted on",
         "",
-        "Error is |predicted / measured - 1|, median / 90th percentile; bias is the median of predicted / measured - 1.",
-        "Every row is predicted from constants fitted without its whole system (MoE kernels: without its table); rows of",
-        f"systems that were not fitted at all, from all others. Intervals are meant to cover {LEVEL:.0%}.",
+        "Error is |predicted / measured - 1|, median / 90th percentile; bias is its median with sign.",
+        "Every row is predicted from constants fitted without its whole system (MoE kernels: without its table); rows",
+        f"of systems that were not fitted at all, from all others. Intervals are meant to cover {LEVEL:.0%}.",
         "",
         "| class | error | target | interval covers | tables |",
         "| --- | --- | --- | --- | --- |",

@@ -188,8 +188,8 @@ def moe_library_of(row: Mapping[str, str], network: str) -> str | None:
         is_ib = re.search(r"\bIB\b|CX-?7|ConnectX|Thor|Pollara", f"{row['nic']} {row['system']}")
         return f"uccl_{mode}_{'ib' if is_ib else 'efa'}"
     if name == "pplx":
-        mode = re.search(r"IBGDA|IBRC", row["topology"])
-        return f"pplx_{mode.group(0).lower()}" if mode else "pplx_nvlink"
+        transport = re.search(r"IBGDA|IBRC", row["topology"])
+        return f"pplx_{transport.group(0).lower()}" if transport else "pplx_nvlink"
     if name == "trtllm":
         return "trtllm_one_sided" if "OneSided" in row["topology"] + row["id"] else "trtllm_two_sided"
     return name
@@ -231,7 +231,7 @@ def _moe_row(row: Mapping[str, str]) -> CollectiveRow | str:
 
 
 def bottleneck_copies(num_ranks: int, domains: int) -> float:
-    """Copies of a token that DeepEP counts in its printed bandwidth: distinct ranks of one node, else distinct nodes."""
+    """Copies of a token in the bandwidth that DeepEP prints: distinct ranks of one node, else distinct nodes."""
     targets = float(num_ranks if domains == 1 else min(domains, NODE_LIMIT))
     return targets * (1.0 - (1.0 - 1.0 / targets) ** CHOICES)
 

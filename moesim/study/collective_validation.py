@@ -1,4 +1,4 @@
-"""Judge the constants of communication libraries on systems they were not fitted on: ``moesim validate collectives``."""
+"""Judge communication libraries on systems they were not fitted on: ``moesim validate collectives``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class CollectiveValidation:
 
     def members(self, name: str) -> BoolArray:
         """Judged rows of a class."""
-        return self.is_judged & (np.array(self.classes) == name)
+        return np.asarray(self.is_judged & (np.array(self.classes) == name))
 
     def errors(self, chosen: BoolArray) -> ErrorStatistics:
         """Statistics of some rows."""

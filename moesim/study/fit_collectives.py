@@ -7,14 +7,14 @@ left out entirely gets the shared value; latencies of a library have one free fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from moesim.cost.collective_demands import GroupTraffic
-from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_time_s
+from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_times
 from moesim.study.collective_tables import CollectiveRow
 from moesim.study.kernel_tables import BoolArray, FloatArray, IntArray
 
@@ -83,9 +83,9 @@ PUBLISHED_NETWORK_LATENCIES: dict[str, dict[str, float]] = {
 }
 """Centres of the priors of networks other than InfiniBand, us.
 
-InfiniBand's own are NCCL's (src/graph/tuning.cc, NET): 5 and 1 of the NIC for LL, 14 for Simple, twice that where a send
-also waits for its receive. EFA: the latency that AWS's plugin states (aws-ofi-nccl, src/platform-aws.cpp: 75 us for p4d
-and p4de, 35 for p5en and later). gIB states none: between the two, assumed.
+InfiniBand's own are NCCL's (src/graph/tuning.cc, NET): 5 and 1 of the NIC for LL, 14 for Simple, twice that where a
+send also waits for its receive. EFA: the latency that AWS's plugin states (aws-ofi-nccl, src/platform-aws.cpp: 75 us
+for p4d and p4de, 35 for p5en and later). gIB states none: between the two, assumed.
 """
 COMMON_PRIORS: dict[str, ConstantPrior] = {
     "own_copy": ConstantPrior(0.52, 0.5, 0.0),
@@ -167,7 +167,7 @@ class CollectiveFit:
             members = chosen[self.kinds[chosen] == kind]
             traffic = GroupTraffic(self._bytes[members], self._extents[:, members])
             fabric = self._fabric(constants, members)
-            predicted[members] = library_time_s(kind, traffic, fabric)
+            predicted[members] = library_times(kind, traffic, fabric).modelled_s
         return predicted[chosen]
 
     def _fabric(self, constants: FittedConstants, members: IntArray) -> FabricRates:
@@ -204,17 +204,19 @@ class CollectiveFit:
         result = least_squares(residuals, x0, jac=jacobian, x_scale=self.spreads, method="lm", max_nfev=evaluations)
         return np.asarray(result.x)
 
-    def _jacobian(self, residuals, parameters: FloatArray, chosen: BoolArray) -> FloatArray:  # type: ignore[no-untyped-def]
+    def _jacobian(
+        self, residuals: Callable[[FloatArray], FloatArray], parameters: FloatArray, chosen: BoolArray
+    ) -> FloatArray:
         """Differences; all libraries' factors of a constant move at once, since a row has one library of each kind."""
         base = residuals(parameters)
         count = int(chosen.sum())
         jacobian = np.zeros((len(base), len(parameters)))
         jacobian[count:] = np.diag(1.0 / self.spreads)
         step = 1e-4
-        for index in range(len(COMMON_PRIORS)):
+        for place in range(len(COMMON_PRIORS)):
             moved = parameters.copy()
-            moved[index] += step
-            jacobian[:count, index] = (residuals(moved)[:count] - base[:count]) / step
+            moved[place] += step
+            jacobian[:count, place] = (residuals(moved)[:count] - base[:count]) / step
         position = len(COMMON_PRIORS)
         for block, index in ((self.node, self._node_index), (self.network, self._network_index)):
             libraries = index[chosen]

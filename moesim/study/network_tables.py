@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,15 @@ import numpy as np
 from moesim.cost.algorithm_choice import Choice, choose_algorithms, runnable_algorithms
 from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic, ideal_time_s
 from moesim.cost.collectives import fabric_rates
-from moesim.cost.communication_libraries import library_time_s
+from moesim.cost.communication_libraries import FabricRates, library_times
 from moesim.cost.exchange_matrices import matrix_demand
+from moesim.cost.nccl_tuner import NVLS_EFFICIENCY
 from moesim.describe.hardware import HierarchicalFabric
 from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import CollectiveKind
 from moesim.study.network_flows import FlowPricer
-from moesim.study.network_pricing import flows_under_library_s, link_fractions, named_algorithm_s
+from moesim.study.network_pricing import contention_of_flows, link_fractions, named_algorithm_s
 from moesim.study.network_questions import AUTO, NetworkCase
 
 IN_SWITCH = "nvls"
@@ -136,7 +137,9 @@ def chosen_algorithms(case: NetworkCase) -> list[Choice]:
         return [Choice("direct" if case.algorithm == AUTO else case.algorithm)] * len(case.sizes)
     if case.algorithm != AUTO:
         return [Choice(case.algorithm)] * len(case.sizes)
-    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, case.cluster, case.device)
+    if case.stack is not None and case.stack.sends_one_copy_per_node and case.kind == "all_to_all":
+        return [Choice("rail_aligned")] * len(case.sizes)
+    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, cluster=case.cluster, device=case.device)
     if case.engine == "flow":
         return [Choice("ring", choice.protocol) if choice.algorithm == IN_SWITCH else choice for choice in chosen]
     return chosen
@@ -170,9 +173,12 @@ def _time_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic) 
     """Ideal time, or what the stack makes of it: of its own choice, or of the algorithm that was named."""
     if case.stack is None:
         return ideal_time_s(demand, case.fabric)
-    rates = fabric_rates(case.cluster, case.device, case.stack)
+    return _library_s(case, demand, traffic, fabric_rates(case.cluster, case.device, case.stack))
+
+
+def _library_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic, rates: FabricRates) -> FloatArray:
     if case.algorithm == AUTO and case.shares is None:
-        return library_time_s(case.kind, traffic, rates)
+        return library_times(case.kind, traffic, rates).modelled_s
     return named_algorithm_s(case.kind, demand, traffic, rates)
 
 
@@ -190,7 +196,8 @@ def _by_flows(case: NetworkCase, choices: list[Choice]) -> Iterator[tuple[float,
         one = GroupTraffic(traffic.num_bytes[[index]], traffic.extents[:, [index]])
         wire_s = np.array([max(flows_s - pricer.empty_s(choice.algorithm), 0.0)])
         demand = algorithm.demand(case.kind, one, rates)
-        time_s = float(flows_under_library_s(case.kind, demand, one, rates, wire_s)[0])
+        shared = replace(one, contention=contention_of_flows(case.kind, demand, rates, wire_s))
+        time_s = float(_library_s(case, demand, shared, rates)[0])
         yield time_s, link, busy_s / time_s
 
 
@@ -209,7 +216,10 @@ def _notes(case: NetworkCase, choices: list[Choice]) -> tuple[str, ...]:
             "ideal: nominal bandwidth, one hop latency per round; name a --stack for what a library makes of it"
         )
     if case.algorithm == AUTO and any(choice.protocol for choice in choices):
-        notes.append("algorithm and protocol as NCCL 2.30.7's tuner takes them")
+        priced = "; times are of the stack's own choice between them" if case.stack is not None else ""
+        notes.append(f"algorithm and protocol as NCCL 2.30.7's tuner takes them{priced}")
+    if case.algorithm == IN_SWITCH and case.device.generation not in NVLS_EFFICIENCY:
+        notes.append(f"switches of {case.device.id} do not reduce; this is what they would take")
     if case.engine == "flow" and case.kind == "all_reduce" and case.algorithm == AUTO:
         notes.append("flows: switches do not reduce; where the library would use them, a ring is simulated")
     if case.engine == "flow" and any(choice.algorithm != "direct" for choice in choices):

@@ -42,7 +42,9 @@ def growth_cases() -> list[GrowthCase]:
         words = f"GShard all-to-all of {num_bytes / 1e6:g} MB per partition, 16 to 2048"
         cases.append(GrowthCase(words, _growth(16, num_bytes), 9.0, True))
     cases.append(GrowthCase("GShard dispatch and combine, 128 to 2048 (text)", _growth(128, DISPATCHED), 3.75, True))
-    cases.append(GrowthCase("GShard dispatch and combine, 128 to 2048 (figure 8)", _growth(128, DISPATCHED), 3.93, False))
+    cases.append(
+        GrowthCase("GShard dispatch and combine, 128 to 2048 (figure 8)", _growth(128, DISPATCHED), 3.93, False)
+    )
     return cases
 
 
