@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_TOLERANCE
+from moesim.cli.collective_commands import network
+from moesim.cli.collective_validation_commands import validate_collectives_command
 from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ validate_commands = typer.Typer(help="Predictions against published figures.", n
 application.add_typer(validate_commands, name="validate")
 application.add_typer(hardware_commands, name="hardware")
 application.add_typer(chart_commands, name="chart")
+application.command()(network)
 
 ScenarioArgument = Annotated[str, typer.Argument(help="Scenario file, or the name of a shipped scenario.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -347,6 +350,9 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option("--tolerance", min=0.0, help="Exit with 1 if the median error of what was not fitted is above this."),
 ]
+
+
+validate_commands.command("collectives")(validate_collectives_command)
 
 
 @validate_commands.command("papers")

@@ -45,11 +45,16 @@ ATTENTION_FORMULA = (
 )
 TRAFFIC_FORMULA = "t0 kernels + bytes / (bandwidth fraction)"
 COLLECTIVE_FORMULAS = {
-    "all_to_all": "base and peer latencies of the levels crossed + max over levels of bytes across it / its bandwidth",
-    "all_reduce": "2 (e - 1) rounds per level + max over levels of 2 (e - 1)/e shard / bandwidth",
-    "all_gather": "(e - 1) rounds per level + max over levels of (e - 1)/e shard / bandwidth",
-    "reduce_scatter": "(e - 1) rounds per level + max over levels of (e - 1)/e shard / bandwidth",
-    "point_to_point": "latency of the slowest level crossed + bytes / its bandwidth",
+    "all_to_all": "L + t + c sqrt(L t), faster protocol; L = base and peer latencies of the levels crossed, "
+    "t = max over levels of bytes across it / (fraction bandwidth)",
+    "all_reduce": "L + t + c sqrt(L t) of ring, tree or switch, quick or bulk protocol; "
+    "ring: 2 (n - 1) rounds, t = 2 (n - 1)/n bytes / (fraction bandwidth)",
+    "all_gather": "L + t + c sqrt(L t), quick or bulk protocol; "
+    "n - 1 rounds, t = (n - 1)/n bytes / (fraction bandwidth)",
+    "reduce_scatter": "L + t + c sqrt(L t), quick or bulk protocol; "
+    "n - 1 rounds, t = (n - 1)/n bytes / (fraction bandwidth)",
+    "broadcast": "L + t + c sqrt(L t); ceil(log2 e) rounds per level, bytes / (fraction bandwidth) in each",
+    "point_to_point": "L + t + c sqrt(L t) of the slowest level crossed",
 }
 
 
@@ -208,7 +213,7 @@ def _traffic(work: MemoryTraffic, hardware: Hardware, kernels: int) -> Explanati
 
 
 def _collective(work: Collective, hardware: Hardware) -> Explanation:
-    """Latency is what an empty message takes; the rest is wire time."""
+    """Latency is what an empty message takes; the rest is wire time and what chunks cost, as an effective rate."""
     first = Collective(work.kind, work.num_bytes[:1], work.group, work.copies)
     tiny = Collective(work.kind, work.num_bytes[:1] * 0 + 1e-9, work.group, work.copies)
     whole = float(np.ravel(collective_time(first, hardware.fabric).modelled_s)[0])

@@ -8,7 +8,8 @@ from typing import assert_never
 
 import numpy as np
 
-from moesim.cost.collectives import FabricRates, collective_time
+from moesim.cost.collectives import collective_time
+from moesim.cost.communication_libraries import FabricRates
 from moesim.cost.efficiency_surfaces import DeviceRates
 from moesim.cost.kernel_times import attention_core_s, gemm_bytes, gemm_times_s
 from moesim.structure.columns import FloatArray

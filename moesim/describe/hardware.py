@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moesim.describe.quantities import (
+    INT64_MAX,
     BandwidthFigure,
     BytesFigure,
     Count,
@@ -16,6 +17,7 @@ from moesim.describe.quantities import (
     FlopRateFigure,
     Fraction,
     FrequencyFigure,
+    NonNegativeCount,
     NumberFigure,
     PowerFigure,
     Precision,
@@ -84,11 +86,64 @@ class Device(Description):
     notes: str = ""
 
 
+class Crossbar(Description):
+    """Switches that join all members at full rate; ``boards`` of them joined by a backplane of full rate (DGX-2)."""
+
+    shape: Literal["crossbar"]
+    boards: Count = 1
+    source: Annotated[str, Field(min_length=3)]
+
+
+class LinkMatrix(Description):
+    """Direct links between members: ``links[i][j]`` parallel links of ``link_bandwidth`` each, one direction."""
+
+    shape: Literal["link_matrix"]
+    links: Annotated[list[list[NonNegativeCount]], Field(min_length=1)]
+    link_bandwidth: BandwidthFigure
+    source: Annotated[str, Field(min_length=3)]
+
+
+class PcieTree(Description):
+    """PCIe switches with ``devices_per_switch`` members, all below one root."""
+
+    shape: Literal["pcie_tree"]
+    devices_per_switch: Count
+    source: Annotated[str, Field(min_length=3)]
+
+
+class FatTree(Description):
+    """Leaf switches below spines, or below the aggregation switches of pods below a core.
+
+    ``domains_per_leaf`` members of the level inside share a leaf (or, rail-optimised, a leaf per NIC of a node);
+    ``leaves_per_pod`` such groups form a pod (all of them in a two-level tree). Oversubscription is bandwidth into a
+    switch from below over bandwidth out of it upwards, 1 where nothing is given. Between rails, a flow goes through
+    the scale-up links to the GPU on its target's rail (``forward``, NCCL's PXN) or through the spines (``spine``).
+    """
+
+    shape: Literal["fat_tree"]
+    domains_per_leaf: Count | None = None
+    leaves_per_pod: Count | None = None
+    leaf_oversubscription: NumberFigure | None = None
+    pod_oversubscription: NumberFigure | None = None
+    is_rail_optimised: Flag
+    between_rails: Literal["forward", "spine"] = "forward"
+    source: Annotated[str, Field(min_length=3)]
+
+
+Wiring = Annotated[Crossbar | LinkMatrix | PcieTree | FatTree, Field(discriminator="shape")]
+
+
 class LinkLevel(Description):
     """One level of a hierarchical fabric: ``size`` members of the level inside it are joined by it.
 
     ``bandwidth_per_device`` is one direction, with every device of the cluster active at once: a 100 Gb/s NIC shared
-    by eight devices gives 12.5 Gb/s.
+    by eight devices gives 12.5 Gb/s. ``wiring`` says how, where the medium does not; ``structure.topology_builders``
+    says what is taken otherwise.
+
+    One measurement of the whole level, or both, fix what the library makes of it (``cost.measured_levels``):
+    ``measured_latency`` of a small all-reduce (1 KiB or less) and ``measured_bus_bandwidth`` of a large one as
+    nccl-tests prints it, 2 (n - 1)/n bytes / time, over ``measured_domains`` members of the level (all of them if
+    absent), each with everything inside it.
     """
 
     name: Identifier
@@ -98,6 +153,10 @@ class LinkLevel(Description):
     bandwidth_per_device: BandwidthFigure
     latency: DurationFigure
     nics_per_node: Count | None = None
+    wiring: Wiring | None = None
+    measured_latency: DurationFigure | None = None
+    measured_bus_bandwidth: BandwidthFigure | None = None
+    measured_domains: Annotated[int, Field(ge=2, le=INT64_MAX, strict=True)] | None = None
 
 
 class HierarchicalFabric(Description):
@@ -157,21 +216,50 @@ class LaunchBehaviour(Description):
     host_synchronisation_time: DurationFigure
 
 
-class CollectiveTier(Description):
-    """What a collective library makes of one tier of links.
-
-    ``base_latency`` once per collective that enters the tier (``all_to_all_base_latency`` once more per all-to-all),
-    ``round_latency`` per round of a ring or torus, ``peer_latency`` per peer of a direct all-to-all; fractions of the
-    nominal bandwidth that large messages reach. A torus may close its rings and not use them for all-to-all.
-    """
+class ProtocolConstants(Description):
+    """A second protocol of a library: latency per collective, round and peer, fraction of bandwidth, pipelining."""
 
     base_latency: DurationFigure | None = None
+    round_latency: DurationFigure | None = None
+    peer_latency: DurationFigure | None = None
+    fraction: NumberFigure
+    pipelining: NumberFigure | None = None
+
+
+class CollectiveTier(Description):
+    """What a collective library makes of one tier of links: see ``moesim.cost.communication_libraries``.
+
+    ``library`` and ``all_to_all_library`` name files of fitted constants (``hardware_profiles/libraries``); what a tier
+    states beside them goes before. ``base_latency`` once per collective that enters the tier
+    (``all_to_all_base_latency`` in its place for an all-to-all, ``point_to_point_latency`` for one message),
+    ``round_latency`` per round of a ring or torus, ``peer_latency`` per peer of a direct all-to-all,
+    ``all_to_all_doubling_latency`` per doubling of the domains; fractions of the nominal bandwidth that large messages
+    reach; ``pipelining`` the factor of the root of latency and wire time. ``quick``, ``quick_all_to_all``: protocols of
+    small messages; ``switch_time`` of a chunk on the link ends the first. ``in_switch``: reduction in the switch, from
+    ``in_switch_time`` of the buffer on. A torus may close its rings and not use them for all-to-all.
+    """
+
+    library: Identifier | None = None
+    all_to_all_library: Identifier | None = None
+    base_latency: DurationFigure | None = None
     all_to_all_base_latency: DurationFigure | None = None
+    all_to_all_doubling_latency: DurationFigure | None = None
+    point_to_point_latency: DurationFigure | None = None
     round_latency: DurationFigure
     peer_latency: DurationFigure
     reduce_fraction: NumberFigure
     all_to_all_fraction: NumberFigure
     point_to_point_fraction: NumberFigure
+    pipelining: NumberFigure | None = None
+    all_to_all_pipelining: NumberFigure | None = None
+    own_copy: NumberFigure | None = None
+    all_to_all_own_copy: NumberFigure | None = None
+    levels_exponent: NumberFigure | None = None
+    quick: ProtocolConstants | None = None
+    quick_all_to_all: ProtocolConstants | None = None
+    in_switch: ProtocolConstants | None = None
+    switch_time: DurationFigure | None = None
+    in_switch_time: DurationFigure | None = None
     all_to_all_uses_wraparound: Flag = True
 
 

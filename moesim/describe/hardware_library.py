@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from moesim.describe.documents import problems_from_validation, read_document
 from moesim.describe.hardware import Cluster, Device, HierarchicalFabric, Stack
+from moesim.describe.library_constants import expanded_stack
 from moesim.errors import FormatError, Problem, ScenarioError, nearest_name
 from moesim.resources import profile_directories
 
@@ -63,6 +64,16 @@ class HardwareLibrary:
         """Read a cluster profile; raises as ``device``."""
         return self._read("clusters", name, Cluster, "cluster")
 
+    def cluster_file(self, path: Path) -> Cluster:
+        """Read a cluster profile that stands outside the library's directories.
+
+        Raises
+        ------
+        FormatError
+            If the file is missing or wrong.
+        """
+        return _read_profile(path, Cluster, self._directories)
+
     def stack(self, name: str) -> Stack:
         """Read a software stack profile; raises as ``device``."""
         return self._read("stacks", name, Stack, "stack")
@@ -87,7 +98,7 @@ class HardwareLibrary:
         if path is None:
             raise ScenarioError([self.unknown_name(kind, name, field)])
         if path not in self._read_already:
-            self._read_already[path] = _read_profile(path, model)
+            self._read_already[path] = _read_profile(path, model, self._directories)
         profile = self._read_already[path]
         assert isinstance(profile, model)
         return profile
@@ -103,10 +114,11 @@ class HardwareLibrary:
         )
 
 
-def _read_profile(path: Path, model: type[Profile]) -> Profile:
+def _read_profile(path: Path, model: type[Profile], directories: Sequence[Path]) -> Profile:
     document = read_document(path)
+    data = expanded_stack(document.data, directories, path) if model is Stack else document.data
     try:
-        profile: Profile = model.model_validate(document.data)
+        profile: Profile = model.model_validate(data)
     except ValidationError as error:
         raise FormatError(list(problems_from_validation(document, error, model))) from None
     if profile.id != path.stem:

@@ -20,7 +20,7 @@ Stream = Literal[
     "pipeline_p2p",
 ]
 Extent = FloatArray | float
-CollectiveKind = Literal["all_to_all", "all_reduce", "all_gather", "reduce_scatter", "point_to_point"]
+CollectiveKind = Literal["all_to_all", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "point_to_point"]
 
 CATEGORIES: tuple[str, ...] = (
     "attention",
@@ -138,7 +138,8 @@ class Collective:
     """A collective of one process group.
 
     ``num_bytes`` (n_cases,): all_to_all, all_reduce: the buffer of one rank; all_gather: the gathered whole;
-    reduce_scatter: the whole before; point_to_point: the message. ``copies`` None: every choice is sent on its own.
+    reduce_scatter: the whole before; broadcast,
+    point_to_point: the message. ``copies`` None: every choice is sent on its own.
     """
 
     kind: CollectiveKind
