@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_TOLERANCE
-from moesim.cli.collective_commands import network
+from moesim.cli.collective_commands import network as network_command
 from moesim.cli.collective_validation_commands import validate_collectives_command
+from moesim.cli.network_commands import topology_commands
 from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ validate_commands = typer.Typer(help="Predictions against published figures.", n
 application.add_typer(validate_commands, name="validate")
 application.add_typer(hardware_commands, name="hardware")
 application.add_typer(chart_commands, name="chart")
-application.command()(network)
+application.command(name="network")(network_command)
+application.add_typer(topology_commands, name="topology")
 
 ScenarioArgument = Annotated[str, typer.Argument(help="Scenario file, or the name of a shipped scenario.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -121,15 +123,19 @@ def estimate(
     as_json: JsonOption = False,
     assignments: SetOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print each term's formula with its numbers.")] = False,
+    network: Annotated[
+        Literal["closed", "flow"],
+        typer.Option("--network", help="Collectives by closed form, or with contention simulated on the real wires."),
+    ] = "closed",
     profiles: ProfilesOption = None,
 ) -> int:
     """Step time, its parts, memory and cost of one or more scenarios."""
-    from moesim.estimation.estimate import estimate_loaded
+    from moesim.estimation.estimate import estimate_loaded, with_network
 
     loaded, problems = [], []
     for scenario in scenarios:
         try:
-            loaded.append(_load(scenario, assignments, profiles))
+            loaded.append(with_network(_load(scenario, assignments, profiles), network))
         except (ScenarioError, FormatError) as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:

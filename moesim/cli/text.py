@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moesim.describe.hardware_library import HardwareLibrary
     from moesim.estimation.loading import LoadedScenario
     from moesim.estimation.step_estimate import StepEstimate
+    from moesim.structure.topology_metrics import TopologySummary
     from moesim.study.sweep import SweepSummary
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "other")
@@ -261,3 +262,32 @@ def _swept_text(name: str, value: Any) -> str:
     if name == "memory_peak_bytes":
         return format_quantity(value, "bytes")
     return f"{value:,.0f}" if value > 1000 else f"{value:.3g}"
+
+
+def print_topology(name: str, summary: TopologySummary, assumptions: Sequence[str]) -> None:
+    """Print the figures of a network."""
+    console = _console()
+    console.print(name)
+    least, most = summary.degree
+    rows = [
+        *((f"{kind} vertices" if kind != "device" else "devices", f"{n:,}") for kind, n in summary.vertices.items()),
+        ("links of a device", f"{least}" if least == most else f"{least} to {most}"),
+        ("diameter", f"{summary.diameter} hops"),
+        (
+            "bisection bandwidth" if summary.is_halved else "bandwidth of the most even cut",
+            f"{format_quantity(summary.bisection_bandwidth, 'bytes_per_s')} one direction",
+        ),
+    ]
+    table = _table("", ["", ""])
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    links = _table("\nLinks (one direction each)", ["", "links", "slowest", "fastest", "together"])
+    for tier in summary.tiers:
+        rates = (tier.least_bandwidth, tier.largest_bandwidth, tier.total_bandwidth)
+        links.add_row(tier.tier, f"{tier.num_links:,}", *(format_quantity(rate, "bytes_per_s") for rate in rates))
+    console.print(links)
+    if assumptions:
+        console.print("\nAssumed")
+        for sentence in assumptions:
+            console.print(f"  {sentence}")

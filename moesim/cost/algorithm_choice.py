@@ -86,7 +86,7 @@ def runnable_algorithms(kind: CollectiveKind, fabric: Fabric) -> dict[str, Abstr
 
 
 def choose_algorithms(
-    kind: CollectiveKind, traffic: GroupTraffic, fabric: Fabric, cluster: Cluster, device: Device
+    kind: CollectiveKind, traffic: GroupTraffic, fabric: Fabric, *, cluster: Cluster, device: Device
 ) -> list[Choice]:
     """Algorithm of each case, as the library of the hardware's kind would take it.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -55,19 +56,21 @@ class GroupTraffic:
     """Collectives of equal groups that all run at once, one per case.
 
     ``num_bytes`` (n_cases,) as in ``structure.step_graph.Collective`` (broadcast: the message); ``extents``
-    (n_levels, n_cases) as ``structure.placement.group_extents`` gives them.
+    (n_levels, n_cases) as ``structure.placement.group_extents`` gives them. ``contention`` is how much longer the bytes
+    take on the real wires than on links of each device's own, where that is known.
     """
 
     num_bytes: FloatArray
     extents: FloatArray
     copies: RoutedCopies | None = None
+    contention: FloatArray | float = 1.0
 
-    @property
+    @cached_property
     def ranks(self) -> FloatArray:
         """Members of each group, (n_cases,)."""
         return np.asarray(np.prod(self.extents, axis=0))
 
-    @property
+    @cached_property
     def inside(self) -> FloatArray:
         """Members of a group within one domain of the level below, (n_levels, n_cases): 1 at the innermost."""
         reached = np.cumprod(self.extents, axis=0)

@@ -5,19 +5,10 @@ Demands are the algorithms' (``collective_algorithms``), the library's part is `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from moesim.cost.collective_algorithms import algorithms_of
-from moesim.cost.collective_demands import GroupTraffic, wire_time_s
-from moesim.cost.communication_libraries import (
-    SMALLEST_IN_SWITCH,
-    FabricRates,
-    LevelRates,
-    Protocol,
-    library_time_s,
-)
+from moesim.cost.collective_demands import GroupTraffic
+from moesim.cost.communication_libraries import CollectiveTime, FabricRates, LevelRates, Protocol, library_times
 from moesim.cost.measured_levels import LevelMeasurement, with_measurements
 from moesim.describe.hardware import (
     Cluster,
@@ -29,26 +20,8 @@ from moesim.describe.hardware import (
     TorusFabric,
 )
 from moesim.describe.quantities import Figure
-from moesim.structure.columns import FloatArray
 from moesim.structure.placement import group_extents
-from moesim.structure.step_graph import Collective, CollectiveKind
-
-IDEAL_ALGORITHMS: dict[CollectiveKind, tuple[str, ...]] = {
-    "all_reduce": ("hierarchical_ring", "ring", "tree"),
-    "all_gather": ("hierarchical_ring", "ring"),
-    "reduce_scatter": ("hierarchical_ring", "ring"),
-    "broadcast": ("binomial_tree",),
-    "point_to_point": ("send",),
-}
-"""Algorithms whose least wire time at nominal bandwidth is ideal; all-to-all has the library's own."""
-
-
-@dataclass(frozen=True)
-class CollectiveTime:
-    """Seconds, arrays (n_cases,): modelled time, and wire time at nominal bandwidth without latency."""
-
-    modelled_s: FloatArray
-    ideal_s: FloatArray
+from moesim.structure.step_graph import Collective
 
 
 def fabric_rates(cluster: Cluster, device: Device, stack: Stack) -> FabricRates:
@@ -196,24 +169,12 @@ def collective_time(work: Collective, fabric: FabricRates) -> CollectiveTime:
     """Time of a collective of equal groups that all run at once; zero for groups of one rank or no bytes."""
     extents = group_extents(work.group, fabric.sizes)
     shape = np.broadcast_shapes(extents.shape[1:], work.num_bytes.shape)
-    extents = np.broadcast_to(extents, (extents.shape[0], *shape))
-    traffic = GroupTraffic(np.broadcast_to(work.num_bytes, shape), extents, work.copies)
-    happens = (traffic.num_bytes > 0) & (np.broadcast_to(work.group.size, shape) > 1)
-    modelled_s = library_time_s(work.kind, traffic, fabric)
-    return CollectiveTime(modelled_s * happens, ideal_wire_time_s(work.kind, traffic, fabric) * happens)
-
-
-def ideal_wire_time_s(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> FloatArray:
-    """Wire time at nominal bandwidth of the algorithm that needs least, (n_cases,)."""
-    bandwidths = [level.bandwidth for level in fabric.levels]
-    is_torus = any(level.is_ring for level in fabric.levels)
-    names = (fabric.exchange_algorithm,) if kind == "all_to_all" else IDEAL_ALGORITHMS[kind]
-    known = algorithms_of(kind)
-    times = [
-        wire_time_s(known[name].demand(kind, traffic, fabric), bandwidths)
-        for name in (names[:1] if is_torus else names)
-    ]
-    if kind == "all_reduce" and fabric.levels[0].in_switch is not None:
-        switched = wire_time_s(known["nvls"].demand(kind, traffic, fabric), bandwidths)
-        times.append(np.where(traffic.extents[0] > SMALLEST_IN_SWITCH, switched, np.inf))
-    return np.asarray(np.min(times, axis=0)) if len(times) > 1 else times[0]
+    num_bytes = work.num_bytes
+    if extents.shape[1:] != num_bytes.shape:
+        extents = np.broadcast_to(extents, (extents.shape[0], *shape))
+        num_bytes = np.broadcast_to(num_bytes, shape)
+    contention = fabric.contention(work.kind, work.group) if fabric.contention is not None else 1.0
+    traffic = GroupTraffic(num_bytes, extents, work.copies, contention)
+    happens = (num_bytes > 0) & (work.group.size > 1)
+    times = library_times(work.kind, traffic, fabric)
+    return CollectiveTime(times.modelled_s * happens, times.ideal_s * happens)

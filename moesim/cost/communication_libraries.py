@@ -17,14 +17,16 @@ Stops being true where a library mispredicts and takes a slow algorithm, and whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
 from moesim.cost.collective_algorithms import algorithms_of
-from moesim.cost.collective_demands import CollectiveDemand, Fabric, FabricLevel, GroupTraffic
+from moesim.cost.collective_demands import CollectiveDemand, Fabric, FabricLevel, GroupTraffic, wire_time_s
 from moesim.structure.columns import FloatArray
+from moesim.structure.placement import ProcessGroup
 from moesim.structure.step_graph import CollectiveKind
 
 Constant = float | FloatArray
@@ -84,7 +86,8 @@ class FabricRates(Fabric):
 
     ``own_copy``: link time of a byte that a rank moves to itself, in bytes, in reductions and gathers, and
     ``exchange_own_copy`` in exchanges; ``exchange_algorithm`` of all-to-alls; ``levels_exponent`` p combines the wire
-    times of an exchange's levels, (sum t^p)^(1/p): infinite where they run beside each other.
+    times of an exchange's levels, (sum t^p)^(1/p): infinite where they run beside each other. ``contention`` of the
+    real wires by kind and group, where flows are to be simulated.
     """
 
     levels: tuple[LevelRates, ...]
@@ -93,6 +96,7 @@ class FabricRates(Fabric):
     exchange_own_copy: Constant = 0.0
     exchange_algorithm: str = "direct"
     levels_exponent: float = np.inf
+    contention: Callable[[CollectiveKind, ProcessGroup], FloatArray] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,92 +159,137 @@ def transfer(
     Transfer
         Arrays of shape (n_cases,).
     """
-    shape = traffic.num_bytes.shape
     is_exchange, is_one_message = demand.algorithm == fabric.exchange_algorithm, demand.levels_combine == "slowest"
     own_copy = fabric.exchange_own_copy if is_exchange else fabric.own_copy
-    latency, pipelining = np.zeros(shape), np.zeros(shape)
-    wires, alone = [], []
+    pipelining: Constant = 0.0
+    latencies, wires = [], []
     for index, (asks, protocol) in enumerate(zip(demand.levels, protocols, strict=True)):
         level, extent = fabric.levels[index], traffic.extents[index]
         enters = extent > 1
-        own = own_copy * demand.own_bytes if index == 0 else 0.0
-        wires.append((asks.wire_bytes + own) / (level.bandwidth * protocol.fraction))
+        carried = asks.wire_bytes * traffic.contention
+        if index == 0 and not _is_zero(own_copy):
+            carried = carried + own_copy * demand.own_bytes
+        wires.append(carried / (level.bandwidth * protocol.fraction))
         starts = index == 0 and not level.is_ring and not is_one_message
-        base = protocol.base_s if starts else enters * protocol.base_s
-        level_s = base + asks.rounds * protocol.round_s + asks.peers * protocol.peer_s
-        level_s = level_s + np.log2(extent) * protocol.doubling_s
-        latency = latency + level_s
-        alone.append(level_s)
-        pipelining = np.where(enters, protocol.pipelining, pipelining)
+        latency = protocol.base_s if starts else enters * protocol.base_s
+        for constant, amount in ((protocol.round_s, asks.rounds), (protocol.peer_s, asks.peers)):
+            latency = latency if _is_zero(constant) else latency + constant * amount
+        if not _is_zero(protocol.doubling_s):
+            latency = latency + np.log2(extent) * protocol.doubling_s
+        latencies.append(latency)
+        if index == 0 or not _is_zero(protocol.pipelining):
+            pipelining = np.where(enters, protocol.pipelining, pipelining)
+        else:
+            pipelining = pipelining * ~enters
     if is_one_message:
-        slowest = np.argmax(np.stack([a + w for a, w in zip(alone, wires, strict=True)]), axis=0)[None]
-        latency = np.take_along_axis(np.stack(alone), slowest, axis=0)[0]
-        return Transfer(latency, np.take_along_axis(np.stack(wires), slowest, axis=0)[0], pipelining)
-    exponent = fabric.levels_exponent if is_exchange else np.inf
+        slowest = np.argmax([one + wire for one, wire in zip(latencies, wires, strict=True)], axis=0)
+        chosen = [np.choose(slowest, [np.broadcast_to(one, slowest.shape) for one in of]) for of in (latencies, wires)]
+        return Transfer(chosen[0], chosen[1], np.asarray(pipelining))
+    latency_s, exponent = np.asarray(sum(latencies)), fabric.levels_exponent if is_exchange else np.inf
     if demand.levels_combine == "serial":
         exponent = 1.0
     if np.isinf(exponent):
-        return Transfer(latency, np.max(wires, axis=0), pipelining)
-    return Transfer(latency, np.asarray((np.stack(wires) ** exponent).sum(axis=0) ** (1.0 / exponent)), pipelining)
+        return Transfer(latency_s, np.asarray(reduce(np.maximum, wires)), np.asarray(pipelining))
+    total_s = np.asarray((np.stack(wires) ** exponent).sum(axis=0) ** (1.0 / exponent))
+    return Transfer(latency_s, total_s, np.asarray(pipelining))
 
 
-def library_time_s(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> FloatArray:
-    """Time the library takes for collectives of equal groups that all run at once, (n_cases,)."""
+def _is_zero(constant: Constant) -> bool:
+    """Whether a constant is the number zero, so that what it multiplies need not be worked out."""
+    return isinstance(constant, float) and constant == 0.0
+
+
+@dataclass(frozen=True)
+class CollectiveTime:
+    """Seconds, arrays (n_cases,): modelled time, and wire time at nominal bandwidth without latency."""
+
+    modelled_s: FloatArray
+    ideal_s: FloatArray
+
+
+def library_times(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> CollectiveTime:
+    """Time the library takes for collectives of equal groups that all run at once.
+
+    Parameters
+    ----------
+    kind : str
+        Kind of the collectives.
+    traffic : GroupTraffic
+        Bytes and extents of the cases.
+    fabric : FabricRates
+        Levels of links under the library.
+
+    Returns
+    -------
+    CollectiveTime
+        Modelled seconds; ideal ones are the least wire time of the algorithms that the library chooses from.
+    """
     match kind:
         case "all_to_all":
-            return exchange_time_s(traffic, fabric)
-        case "broadcast":
-            demand = algorithms_of(kind)["binomial_tree"].demand(kind, traffic, fabric)
-            return transfer(demand, [level.reduction for level in fabric.levels], traffic, fabric).time_s
-        case "point_to_point":
-            demand = algorithms_of(kind)["send"].demand(kind, traffic, fabric)
-            return transfer(demand, [level.message for level in fabric.levels], traffic, fabric).time_s
+            return _exchange_times(traffic, fabric)
         case "all_reduce" | "all_gather" | "reduce_scatter":
-            return reduction_time_s(kind, traffic, fabric)
+            if not any(level.is_ring for level in fabric.levels):
+                return _reduction_times(kind, traffic, fabric)
+            return _times_of("hierarchical_ring", kind, traffic, fabric)
+        case "broadcast":
+            return _times_of("binomial_tree", kind, traffic, fabric)
+        case "point_to_point":
+            return _times_of("send", kind, traffic, fabric)
 
 
-def exchange_time_s(traffic: GroupTraffic, fabric: FabricRates) -> FloatArray:
+def _times_of(name: str, kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> CollectiveTime:
+    """The one algorithm there is, by the bulk protocol."""
+    demand = algorithms_of(kind)[name].demand(kind, traffic, fabric)
+    protocols = [level.message if kind == "point_to_point" else level.reduction for level in fabric.levels]
+    return CollectiveTime(transfer(demand, protocols, traffic, fabric).time_s, _nominal_s(demand, fabric))
+
+
+def _nominal_s(demand: CollectiveDemand, fabric: FabricRates) -> FloatArray:
+    return wire_time_s(demand, [level.bandwidth for level in fabric.levels])
+
+
+def _exchange_times(traffic: GroupTraffic, fabric: FabricRates) -> CollectiveTime:
     """All-to-all: the faster protocol."""
     demand = algorithms_of("all_to_all")[fabric.exchange_algorithm].demand("all_to_all", traffic, fabric)
-    bulk = transfer(demand, [level.exchange for level in fabric.levels], traffic, fabric)
-    if all(level.quick_exchange is None for level in fabric.levels):
-        return bulk.time_s
-    quick = transfer(demand, [level.quick_exchange or level.exchange for level in fabric.levels], traffic, fabric)
-    return np.minimum(quick.time_s, bulk.time_s)
+    modelled_s = transfer(demand, [level.exchange for level in fabric.levels], traffic, fabric).time_s
+    if any(level.quick_exchange is not None for level in fabric.levels):
+        protocols = [level.quick_exchange or level.exchange for level in fabric.levels]
+        modelled_s = np.minimum(modelled_s, transfer(demand, protocols, traffic, fabric).time_s)
+    return CollectiveTime(modelled_s, _nominal_s(demand, fabric))
 
 
-def reduction_time_s(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> FloatArray:
-    """All-reduce, all-gather and reduce-scatter by the algorithm and protocol that the library takes.
+def _reduction_times(kind: CollectiveKind, traffic: GroupTraffic, fabric: FabricRates) -> CollectiveTime:
+    """All-reduce, all-gather and reduce-scatter on switched levels, by the algorithm and protocol the library takes.
 
-    On switched levels: ring, and for an all-reduce of several domains the tree where it is faster; the switch's own
-    reduction where its wire time is least. Quick while chunks are short. The longer message never takes less: a bulk
-    time below that of the last quick message is raised to it.
+    Ring, and for an all-reduce of several domains the tree where it is faster; the switch's own reduction where its
+    wire time is least. Quick while chunks are short. The longer message never takes less: a bulk time below that of the
+    last quick message is raised to it.
     """
+    algorithms, node = algorithms_of(kind), fabric.levels[0]
     bulk_protocols = [level.reduction for level in fabric.levels]
-    if any(level.is_ring for level in fabric.levels):
-        demand = algorithms_of(kind)["hierarchical_ring"].demand(kind, traffic, fabric)
-        return transfer(demand, bulk_protocols, traffic, fabric).time_s
-    demands = [algorithms_of(kind)["ring"].demand(kind, traffic, fabric)]
+    demands = [algorithms["ring"].demand(kind, traffic, fabric)]
     if kind == "all_reduce" and (traffic.extents[1:] > 1).any():
-        demands.append(algorithms_of(kind)["tree"].demand(kind, traffic, fabric))
+        demands.append(algorithms["tree"].demand(kind, traffic, fabric))
     bulk = [transfer(demand, bulk_protocols, traffic, fabric) for demand in demands]
     bulk_s = _least([one.time_s for one in bulk], traffic)
-    node = fabric.levels[0]
-    chunk = traffic.num_bytes / (traffic.ranks * node.bandwidth * node.switch_s)
+    ideal_s = _least([_nominal_s(demand, fabric) for demand in demands], traffic)
+    chunk = traffic.num_bytes / (traffic.ranks * (node.bandwidth * node.switch_s))
     if kind == "all_reduce" and node.in_switch is not None:
-        least_wire_s = _least([one.wire_s for one in bulk], traffic)
-        switched = _in_switch(traffic, fabric, node.in_switch)
-        reduces = (switched.wire_s < least_wire_s) & (traffic.extents[0] > SMALLEST_IN_SWITCH)
+        demand = algorithms["nvls"].demand(kind, traffic, fabric)
+        switched = transfer(demand, [node.in_switch, *bulk_protocols[1:]], traffic, fabric)
+        is_large = traffic.extents[0] > SMALLEST_IN_SWITCH
+        reduces = is_large & (switched.wire_s < _least([one.wire_s for one in bulk], traffic))
         bulk_s = np.where(reduces, switched.time_s, bulk_s)
+        ideal_s = np.where(is_large, np.minimum(ideal_s, _nominal_s(demand, fabric)), ideal_s)
         is_one_domain = traffic.extents[0] >= traffic.ranks
         chunk = np.where(reduces & is_one_domain, traffic.num_bytes / (node.bandwidth * node.in_switch_s), chunk)
     if node.quick_reduction is None:
-        return bulk_s
+        return CollectiveTime(bulk_s, ideal_s)
     protocols = [level.quick_reduction or level.reduction for level in fabric.levels]
     share = 1.0 / np.maximum(chunk, 1.0)
     quick = [transfer(demand, protocols, traffic, fabric).shortened(share).time_s for demand in demands]
     quick_s = _least(quick, traffic)
-    return np.where(chunk > 1.0, np.maximum(bulk_s, quick_s), quick_s)
+    return CollectiveTime(np.where(chunk > 1.0, np.maximum(bulk_s, quick_s), quick_s), ideal_s)
 
 
 SMALLEST_IN_SWITCH = 4
@@ -252,8 +301,3 @@ def _least(values: Sequence[FloatArray], traffic: GroupTraffic) -> FloatArray:
     if len(values) == 1:
         return values[0]
     return np.where((traffic.extents[1:] > 1).any(axis=0), np.minimum(values[0], values[1]), values[0])
-
-
-def _in_switch(traffic: GroupTraffic, fabric: FabricRates, protocol: Protocol) -> Transfer:
-    demand = algorithms_of("all_reduce")["nvls"].demand("all_reduce", traffic, fabric)
-    return transfer(demand, [protocol, *(level.reduction for level in fabric.levels[1:])], traffic, fabric)

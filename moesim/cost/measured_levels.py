@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.cost.collective_demands import GroupTraffic
-from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_time_s
+from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_times
 from moesim.errors import Problem, ScenarioError
 
 SMALL_BYTES = 1024.0
@@ -96,7 +96,7 @@ def _impossible(fabric: FabricRates, index: int, key: str, message: str, remedy:
 
 
 def _seconds(fabric: FabricRates, traffic: GroupTraffic) -> float:
-    return float(library_time_s("all_reduce", traffic, fabric)[0])
+    return float(library_times("all_reduce", traffic, fabric).modelled_s[0])
 
 
 def _factor(seconds: Callable[[float], float], target_s: float, *, grows: bool) -> float | None:

@@ -118,125 +118,110 @@ def nccl_choice(
     >>> choice.algorithm, choice.protocol
     (('ring', 'nvls'), ('LL', 'Simple'))
     """
-    times: dict[tuple[str, str], FloatArray] = {}
-    names = ("ring", "tree", "nvls") if kind == "all_reduce" else ("ring",)
-    for name in names:
-        for index, protocol in enumerate(PROTOCOLS):
-            time = _predicted_s(name, index, kind, traffic, levels, generation)
-            if time is not None:
-                times[name, protocol] = time
-    ways, table = list(times), np.stack(list(times.values()))
+    tuner = _Tuner(kind, traffic, levels, generation)
+    ways = {("ring", name): tuner.ring_s(index) for index, name in enumerate(PROTOCOLS)}
+    if kind == "all_reduce":
+        ways |= {("tree", name): tuner.tree_s(index) for index, name in enumerate(PROTOCOLS)}
+        if generation in NVLS_EFFICIENCY:
+            ways["nvls", PROTOCOLS[SIMPLE]] = tuner.nvls_s()
+    names, table = list(ways), np.stack(list(ways.values()))
     best = table.argmin(axis=0)
     return TunedChoice(
-        tuple(ways[way][0] for way in best), tuple(ways[way][1] for way in best), np.asarray(table.min(axis=0))
+        tuple(names[way][0] for way in best), tuple(names[way][1] for way in best), np.asarray(table.min(axis=0))
     )
 
 
-def _predicted_s(
-    name: str,
-    protocol: int,
-    kind: CollectiveKind,
-    traffic: GroupTraffic,
-    levels: tuple[FabricLevel, ...],
-    generation: Generation,
-) -> FloatArray | None:
-    """Latency plus bytes over the algorithm's bandwidth; None for what NCCL does not offer."""
-    if name == "nvls":
-        offered = protocol == SIMPLE and generation in NVLS_EFFICIENCY
-        return _nvls_s(traffic, levels, generation) if offered else None
-    nodes = traffic.ranks / traffic.extents[0]
-    row = (np.minimum(nodes, 3) - 1).astype(np.int64)
-    bandwidth = _bus_bandwidth(traffic, levels, generation, name)
-    channels = np.array(CHANNELS)[row]
-    if name == "ring":
-        return _ring_s(kind, protocol, traffic, generation, bandwidth, row, channels)
-    return _tree_s(protocol, traffic, generation, bandwidth, row, channels)
+@dataclass(frozen=True)
+class _Tuner:
+    """NCCL's predictions for some cases, arrays (n_cases,)."""
 
+    kind: CollectiveKind
+    traffic: GroupTraffic
+    levels: tuple[FabricLevel, ...]
+    generation: Generation
 
-def _bus_bandwidth(
-    traffic: GroupTraffic, levels: tuple[FabricLevel, ...], generation: Generation, name: str
-) -> FloatArray:
-    """Bytes/s of all channels: links of a device inside a node; at most the node's NICs between several.
+    @property
+    def nodes(self) -> FloatArray:
+        return np.asarray(self.traffic.ranks / self.traffic.extents[0])
 
-    A tree over two nodes is predicted with the rate inside them, as NCCL does.
-    """
-    inside = levels[0].bandwidth * LINK_FRACTION[generation]
-    outside = [
-        level.bandwidth for level, extent in zip(levels[1:], traffic.extents[1:], strict=True) if extent.max() > 1
-    ]
-    nodes = traffic.ranks / traffic.extents[0]
-    if not outside:
-        return np.broadcast_to(np.float64(inside), nodes.shape)
-    network = min(outside) * NET_FRACTION * traffic.extents[0]
-    crosses = nodes > (2 if name == "tree" else 1)
-    return np.where(crosses, np.minimum(inside, network), inside)
+    @property
+    def row(self) -> IntArray:
+        """Column of NCCL's tables: 1, 2, or more nodes."""
+        return (np.minimum(self.nodes, 3) - 1).astype(np.int64)
 
+    @property
+    def channels(self) -> FloatArray:
+        return np.array(CHANNELS)[self.row]
 
-def _ring_s(
-    kind: CollectiveKind,
-    protocol: int,
-    traffic: GroupTraffic,
-    generation: Generation,
-    bandwidth: FloatArray,
-    row: IntArray,
-    channels: FloatArray,
-) -> FloatArray:
-    ranks, nodes = traffic.ranks, traffic.ranks / traffic.extents[0]
-    passes = 2.0 if kind == "all_reduce" else 1.0
-    steps, between = passes * (ranks - 1.0), passes * (nodes - 1.0)
-    rates = (
-        np.minimum(bandwidth * 0.5, np.array(LL_MOST_GB_S[generation])[row] * 1e9),
-        np.minimum(bandwidth * 0.92, channels * RING_LL128_MOST_GB_S[generation] * 1e9),
-        bandwidth,
-    )
-    inside = HARDWARE_LATENCY_US["nvlink"]["ring"][protocol]
-    inside_us = np.where(nodes > 1, np.maximum(inside, NET_OVERHEAD_US[protocol]), inside)
-    step_us = (steps - between) * inside_us + between * HARDWARE_LATENCY_US["net"]["ring"][protocol]
-    latency = (BASE_LATENCY_US["ring"][protocol] + step_us) * 1e-6
-    if kind == "all_reduce" and protocol == SIMPLE:
-        plateau = (nodes > 1) & (traffic.num_bytes / (channels * ranks) >= PLATEAU_BYTES)
-        latency = latency * np.where(plateau, RING_PLATEAU[generation], 1.0)
-    return np.asarray(latency + traffic.num_bytes * steps / (rates[protocol] * ranks))
+    @property
+    def inside_bandwidth(self) -> float:
+        """Bytes/s of a device's NVLinks as NCCL counts them."""
+        return self.levels[0].bandwidth * LINK_FRACTION[self.generation]
 
+    @property
+    def network_bandwidth(self) -> FloatArray:
+        """Bytes/s of a node's NICs together, of the slowest level that the groups span."""
+        outside = [
+            level.bandwidth
+            for level, extent in zip(self.levels[1:], self.traffic.extents[1:], strict=True)
+            if extent.max() > 1
+        ]
+        return np.asarray(min(outside, default=np.inf) * NET_FRACTION * self.traffic.extents[0])
 
-def _tree_s(
-    protocol: int,
-    traffic: GroupTraffic,
-    generation: Generation,
-    bandwidth: FloatArray,
-    row: IntArray,
-    channels: FloatArray,
-) -> FloatArray:
-    nodes = traffic.ranks / traffic.extents[0]
-    plain = np.minimum(bandwidth * 0.92, channels * np.array(TREE_MOST_GB_S[generation])[row] * 1e9)
-    rates = (
-        np.minimum(plain / 3.8, np.array(LL_MOST_GB_S[generation])[row] * 1e9),
-        np.minimum(
-            plain * np.where(nodes > 1, 120.0 / 128.0, 7.0 / 9.0),
-            channels * np.array(TREE_LL128_MOST_GB_S[generation])[row] * 1e9,
-        ),
-        plain,
-    )
-    inside_us = (traffic.extents[0] - 1.0) * HARDWARE_LATENCY_US["nvlink"]["tree"][protocol]
-    between_us = np.floor(np.log2(nodes)) * HARDWARE_LATENCY_US["net"]["tree"][protocol]
-    latency = (BASE_LATENCY_US["tree"][protocol] + 2.0 * (inside_us + between_us)) * 1e-6
-    size = np.floor(np.log2(np.maximum(traffic.num_bytes, 64.0) / 64.0)).astype(np.int64)
-    correction = np.where(
-        size < TREE_CORRECTION.shape[1], TREE_CORRECTION[protocol][np.minimum(size, TREE_CORRECTION.shape[1] - 1)], 1.0
-    )
-    return np.asarray(latency + traffic.num_bytes / (rates[protocol] * 0.5 * correction))
+    def most(self, table: Mapping[Generation, tuple[float, float, float]]) -> FloatArray:
+        """Bytes/s of a table's column."""
+        return np.array(table[self.generation])[self.row] * 1e9
 
+    def bus_bandwidth(self, largest_inside: int) -> FloatArray:
+        """Bytes/s of all channels; up to ``largest_inside`` nodes NCCL takes the rate inside a node."""
+        inside = self.inside_bandwidth
+        return np.where(self.nodes > largest_inside, np.minimum(inside, self.network_bandwidth), inside)
 
-def _nvls_s(traffic: GroupTraffic, levels: tuple[FabricLevel, ...], generation: Generation) -> FloatArray:
-    """NVLS in a node, NVLSTree over several; not for two devices or fewer."""
-    nodes = traffic.ranks / traffic.extents[0]
-    inside = levels[0].bandwidth * LINK_FRACTION[generation]
-    outside = [
-        level.bandwidth for level, extent in zip(levels[1:], traffic.extents[1:], strict=True) if extent.max() > 1
-    ]
-    network = (min(outside) if outside else np.inf) * NET_FRACTION * traffic.extents[0]
-    shared = np.where(nodes > 2, network / 2.0, network)
-    bandwidth = np.where(nodes > 1, np.minimum(inside, shared), inside) * NVLS_EFFICIENCY[generation] * NVLS_RATIO
-    between_us = 2.0 * np.floor(np.log2(nodes)) * HARDWARE_LATENCY_US["net"]["nvls"][SIMPLE]
-    latency = (HARDWARE_LATENCY_US["nvlink"]["nvls"][SIMPLE] + between_us) * 1e-6
-    return np.where(traffic.extents[0] > 2, latency + traffic.num_bytes / bandwidth, np.inf)
+    def ring_s(self, protocol: int) -> FloatArray:
+        """Ring: a step per rank; steps inside a node take at least the network's overhead where there is one."""
+        ranks, nodes = self.traffic.ranks, self.nodes
+        passes = 2.0 if self.kind == "all_reduce" else 1.0
+        steps, between = passes * (ranks - 1.0), passes * (nodes - 1.0)
+        bandwidth = self.bus_bandwidth(1)
+        rates = (
+            np.minimum(bandwidth * 0.5, self.most(LL_MOST_GB_S)),
+            np.minimum(bandwidth * 0.92, self.channels * RING_LL128_MOST_GB_S[self.generation] * 1e9),
+            bandwidth,
+        )
+        inside = HARDWARE_LATENCY_US["nvlink"]["ring"][protocol]
+        inside_us = np.where(nodes > 1, np.maximum(inside, NET_OVERHEAD_US[protocol]), inside)
+        step_us = (steps - between) * inside_us + between * HARDWARE_LATENCY_US["net"]["ring"][protocol]
+        latency = (BASE_LATENCY_US["ring"][protocol] + step_us) * 1e-6
+        if self.kind == "all_reduce" and protocol == SIMPLE:
+            plateau = (nodes > 1) & (self.traffic.num_bytes / (self.channels * ranks) >= PLATEAU_BYTES)
+            latency = latency * np.where(plateau, RING_PLATEAU[self.generation], 1.0)
+        return np.asarray(latency + self.traffic.num_bytes * steps / (rates[protocol] * ranks))
+
+    def tree_s(self, protocol: int) -> FloatArray:
+        """Tree: chains inside nodes, a logarithm of steps between them; NCCL's correction by size."""
+        num_bytes, nodes = self.traffic.num_bytes, self.nodes
+        plain = np.minimum(self.bus_bandwidth(2) * 0.92, self.channels * self.most(TREE_MOST_GB_S))
+        rates = (
+            np.minimum(plain / 3.8, self.most(LL_MOST_GB_S)),
+            np.minimum(
+                plain * np.where(nodes > 1, 120.0 / 128.0, 7.0 / 9.0), self.channels * self.most(TREE_LL128_MOST_GB_S)
+            ),
+            plain,
+        )
+        inside_us = (self.traffic.extents[0] - 1.0) * HARDWARE_LATENCY_US["nvlink"]["tree"][protocol]
+        between_us = np.floor(np.log2(nodes)) * HARDWARE_LATENCY_US["net"]["tree"][protocol]
+        latency = (BASE_LATENCY_US["tree"][protocol] + 2.0 * (inside_us + between_us)) * 1e-6
+        size = np.floor(np.log2(np.maximum(num_bytes, 64.0) / 64.0)).astype(np.int64)
+        last = TREE_CORRECTION.shape[1] - 1
+        correction = np.where(size <= last, TREE_CORRECTION[protocol][np.minimum(size, last)], 1.0)
+        return np.asarray(latency + num_bytes / (rates[protocol] * 0.5 * correction))
+
+    def nvls_s(self) -> FloatArray:
+        """NVLS in a node, NVLSTree over several; not for two devices or fewer."""
+        nodes, inside = self.nodes, self.inside_bandwidth
+        shared = np.where(nodes > 2, self.network_bandwidth / 2.0, self.network_bandwidth)
+        bandwidth = np.where(nodes > 1, np.minimum(inside, shared), inside)
+        between_us = 2.0 * np.floor(np.log2(nodes)) * HARDWARE_LATENCY_US["net"]["nvls"][SIMPLE]
+        latency = (HARDWARE_LATENCY_US["nvlink"]["nvls"][SIMPLE] + between_us) * 1e-6
+        wire = self.traffic.num_bytes / (bandwidth * NVLS_EFFICIENCY[self.generation] * NVLS_RATIO)
+        return np.where(self.traffic.extents[0] > 2, latency + wire, np.inf)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.cost.collectives import CollectiveTime, collective_time
+from moesim.cost.collectives import collective_time
+from moesim.cost.communication_libraries import CollectiveTime
 from moesim.cost.host_times import host_step_time_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Device

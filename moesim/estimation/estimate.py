@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,8 +34,12 @@ from moesim.structure.memory_footprint import CATEGORIES
 from moesim.structure.parameters import count_parameters
 from moesim.structure.token_routing import dropped_fraction
 
+NetworkModel = Literal["closed", "flow"]
 
-def estimate(scenario: Scenario | str | Path, *, profiles: Sequence[Path] = ()) -> StepEstimate:
+
+def estimate(
+    scenario: Scenario | str | Path, *, profiles: Sequence[Path] = (), network: NetworkModel = "closed"
+) -> StepEstimate:
     """Estimate one step of a scenario.
 
     Parameters
@@ -42,6 +48,8 @@ def estimate(scenario: Scenario | str | Path, *, profiles: Sequence[Path] = ()) 
         A loaded scenario, a scenario file, or the bare name of a shipped one.
     profiles : sequence of Path
         Directories of hardware profiles that go before the shipped ones.
+    network : str
+        Collectives by ``closed`` form, or with the contention of ``flow`` simulations on the cluster's wires.
 
     Returns
     -------
@@ -55,8 +63,23 @@ def estimate(scenario: Scenario | str | Path, *, profiles: Sequence[Path] = ()) 
     """
     library = HardwareLibrary(profiles)
     if isinstance(scenario, Scenario):
-        return estimate_loaded(load_document(scenario_document(scenario), library))
-    return estimate_loaded(load(scenario, library=library))
+        loaded = load_document(scenario_document(scenario), library)
+    else:
+        loaded = load(scenario, library=library)
+    return estimate_loaded(with_network(loaded, network))
+
+
+def with_network(loaded: LoadedScenario, network: NetworkModel) -> LoadedScenario:
+    """Return the scenario with collectives priced by closed form, or with contention on the cluster's wires."""
+    if network == "closed":
+        return loaded
+    from moesim.engine.flow_contention import FlowContention
+
+    system = loaded.system
+    fabric = system.hardware.fabric
+    contention = FlowContention(system.cluster, system.device, fabric, system.scenario.devices)
+    hardware = replace(system.hardware, fabric=replace(fabric, contention=contention))
+    return replace(loaded, system=replace(system, hardware=hardware))
 
 
 def scenario_document(scenario: Scenario) -> Document:
@@ -77,6 +100,7 @@ def estimate_loaded(loaded: LoadedScenario) -> StepEstimate:
     return StepEstimate(
         scenario=system.scenario.name,
         engine="analytical",
+        network="closed" if system.hardware.fabric.contention is None else "flow",
         kind=system.scenario.workload.kind,
         num_devices=system.scenario.devices,
         num_chips=-(-system.scenario.devices // device.devices_per_chip),

@@ -133,6 +133,7 @@ class StepEstimate:
     provenance: list[SourcedFigure] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
     warnings: list[AnswerWarning] = field(default_factory=list)
+    network: str = "closed"
 
     @property
     def fits(self) -> bool:
@@ -171,6 +172,7 @@ class StepEstimate:
             "moesim_version": __version__,
             "scenario": self.scenario,
             "engine": self.engine,
+            "network": self.network,
             "kind": self.kind,
             "num_devices": self.num_devices,
             "num_chips": self.num_chips,

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from moesim.cost.collective_demands import GroupTraffic
-from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_time_s
+from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_times
 from moesim.study.collective_tables import CollectiveRow
 from moesim.study.kernel_tables import BoolArray, FloatArray, IntArray
 
@@ -167,7 +167,7 @@ class CollectiveFit:
             members = chosen[self.kinds[chosen] == kind]
             traffic = GroupTraffic(self._bytes[members], self._extents[:, members])
             fabric = self._fabric(constants, members)
-            predicted[members] = library_time_s(kind, traffic, fabric)
+            predicted[members] = library_times(kind, traffic, fabric).modelled_s
         return predicted[chosen]
 
     def _fabric(self, constants: FittedConstants, members: IntArray) -> FabricRates:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.cost.collective_demands import GroupTraffic
-from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, exchange_time_s
+from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_times
 from moesim.structure.step_graph import RoutedCopies
 from moesim.study.collective_tables import CHOICES, NODE_LIMIT, CollectiveRow
 from moesim.study.fit_collectives import ERROR_SCALE, MICROSECOND, ConstantPrior
@@ -135,7 +135,8 @@ class MoeFit:
             members = chosen[kind_of_row[chosen] == index]
             if len(members):
                 traffic = GroupTraffic(self._bytes[members], self._extents[:, members], kind.copies)
-                predicted[members] = exchange_time_s(traffic, self._fabric(constants, members, kind.algorithm))
+                fabric = self._fabric(constants, members, kind.algorithm)
+                predicted[members] = library_times("all_to_all", traffic, fabric).modelled_s
         return predicted[chosen]
 
     def _fabric(self, constants: MoeConstants, members: IntArray, algorithm: str) -> FabricRates:

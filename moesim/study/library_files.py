@@ -46,14 +46,19 @@ def rounded(value: Any) -> Any:
 
 
 def write_fits(fits: LibraryFits, folder: Path) -> None:
-    """Write a file per library and the fits that leave systems out."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the fits that leave systems out, and a file per library as they round."""
+    path = folder / "held_out" / HELD_OUT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rounded({"schema_version": 1, **asdict(fits)}), indent=None, separators=(",", ":"))
+    path.write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")
+    write_libraries(read_fits(path), folder)
+
+
+def write_libraries(fits: LibraryFits, folder: Path) -> None:
+    """Write a file per library for stacks to name."""
     documents = {**node_documents(fits), **network_documents(fits), **moe_documents(fits)}
     for name, document in documents.items():
         (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (folder / "held_out").mkdir(exist_ok=True)
-    text = json.dumps(rounded({"schema_version": 1, **asdict(fits)}), indent=None, separators=(",", ":"))
-    (folder / "held_out" / HELD_OUT).write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")
 
 
 def read_fits(path: Path | None = None) -> LibraryFits:

@@ -11,6 +11,7 @@ from moesim.structure.communication_plans import CommunicationPlan
 from moesim.study.network_questions import NetworkCase
 
 MOST_FLOWS = 300_000
+HARDLY_ANY_BYTES = 1e-6
 MOST_PLANNED_RANKS = 256
 
 
@@ -22,6 +23,18 @@ class FlowPricer:
 
         self._case = case
         self._topology = build_topology(case.cluster, case.device)
+        self._fractions: dict[str, float] = {}
+        self._empty_s: dict[str, float] = {}
+
+    def slow_links(self, fractions: dict[str, float]) -> None:
+        """Let links of each tier reach a fraction of their bandwidth only."""
+        self._fractions = fractions
+
+    def empty_s(self, algorithm: str) -> float:
+        """Seconds of messages of hardly any bytes: the hops alone."""
+        if algorithm not in self._empty_s:
+            self._empty_s[algorithm] = self.price(algorithm, HARDLY_ANY_BYTES)[0]
+        return self._empty_s[algorithm]
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -29,7 +42,7 @@ class FlowPricer:
         return self._topology.assumptions
 
     def price(self, algorithm: str, size: float) -> tuple[float, str, float]:
-        """Time, busiest link and its utilisation.
+        """Time, busiest link and how long it sends.
 
         Parameters
         ----------
@@ -41,7 +54,8 @@ class FlowPricer:
         Returns
         -------
         tuple of float, str, float
-            Seconds until the last byte has arrived; name of the busiest link; part of the time it sends.
+            Seconds until the last byte has arrived; name of the busiest link; seconds of its bytes at its nominal
+            bandwidth.
 
         Raises
         ------
@@ -53,14 +67,19 @@ class FlowPricer:
 
         case, devices = self._case, np.arange(self._case.ranks)
         if algorithm == "direct" and case.shares is not None:
-            result = all_to_all_v(self._topology, devices, case.shares * size)
+            result = all_to_all_v(self._topology, devices, case.shares * size, link_fractions=self._fractions)
         elif algorithm == "direct":
             pattern = RankPattern(case.ranks, case.ranks)
-            result = uniform_all_to_all(self._topology, pattern, size / case.ranks)
+            each = size / case.ranks
+            result = uniform_all_to_all(self._topology, pattern, each, link_fractions=self._fractions)
         else:
-            result = simulate_flows(self._topology, plan_flows(devices, self._plan(algorithm, size)))
-        link, utilisation = result.busiest(self._topology)
-        return result.makespan_s, link, utilisation
+            flows = plan_flows(devices, self._plan(algorithm, size))
+            result = simulate_flows(self._topology, flows, link_fractions=self._fractions)
+        if not len(result.links.channel):
+            return result.makespan_s, "none", 0.0
+        busy = result.links.num_bytes / self._topology.channels.bandwidth[result.links.channel]
+        busiest = int(busy.argmax())
+        return result.makespan_s, self._topology.channels.name(int(result.links.channel[busiest])), float(busy[busiest])
 
     def _plan(self, algorithm: str, size: float) -> CommunicationPlan:
         case = self._case

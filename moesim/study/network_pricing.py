@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic
-from moesim.cost.communication_libraries import FabricRates, Protocol, Transfer, transfer, transfer_time_s
+from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic, wire_time_s
+from moesim.cost.communication_libraries import FabricRates, Protocol, Transfer, transfer
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import CollectiveKind
 
@@ -37,10 +37,10 @@ def named_algorithm_s(
     return np.asarray(np.min([one.time_s for one in _transfers(kind, demand, traffic, rates)], axis=0))
 
 
-def flows_under_library_s(
-    kind: CollectiveKind, demand: CollectiveDemand, traffic: GroupTraffic, rates: FabricRates, wire_s: FloatArray
+def contention_of_flows(
+    kind: CollectiveKind, demand: CollectiveDemand, rates: FabricRates, wire_s: FloatArray
 ) -> FloatArray:
-    """Seconds when the wire time is that of flows: L + t + c sqrt(L t), L and c of the library's bulk protocol.
+    """Wire time of flows over that of the closed form, both on links of the library's fractions, (n_cases,).
 
     Parameters
     ----------
@@ -48,20 +48,22 @@ def flows_under_library_s(
         Kind of collective.
     demand : CollectiveDemand
         What the algorithm asks of each level.
-    traffic : GroupTraffic
-        The cases.
     rates : FabricRates
         Levels under the stack.
     wire_s : ndarray of shape (n_cases,)
-        When the flows end, less what empty ones take, on links of the library's fractions (``link_fractions``).
+        When the flows end, less what empty ones take, on links slowed by ``link_fractions``.
 
     Returns
     -------
     ndarray of shape (n_cases,)
-        Seconds.
+        ``GroupTraffic.contention`` for the library's formula; 1 where nothing is sent.
     """
-    bulk = _transfers(kind, demand, traffic, rates)[0]
-    return transfer_time_s(bulk.latency_s, wire_s, bulk.pipelining)
+    protocols = _bulk_protocols(kind, demand.algorithm, rates)
+    bandwidths = [
+        level.bandwidth * min(float(one.fraction), 1.0) for level, one in zip(rates.levels, protocols, strict=True)
+    ]
+    closed_s = wire_time_s(demand, bandwidths)
+    return np.divide(wire_s, closed_s, out=np.ones_like(wire_s), where=closed_s > 0)
 
 
 def link_fractions(kind: CollectiveKind, tiers: Sequence[str], rates: FabricRates) -> dict[str, float]:

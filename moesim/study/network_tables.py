@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from moesim.cost.algorithm_choice import Choice, choose_algorithms, runnable_algorithms
 from moesim.cost.collective_demands import CollectiveDemand, GroupTraffic, ideal_time_s
-from moesim.cost.collectives import collective_time, fabric_rates
+from moesim.cost.collectives import fabric_rates
+from moesim.cost.communication_libraries import FabricRates, library_times
 from moesim.cost.exchange_matrices import matrix_demand
+from moesim.cost.nccl_tuner import NVLS_EFFICIENCY
+from moesim.describe.hardware import HierarchicalFabric
 from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import FloatArray
-from moesim.structure.placement import ProcessGroup
-from moesim.structure.step_graph import Collective, CollectiveKind
+from moesim.structure.step_graph import CollectiveKind
 from moesim.study.network_flows import FlowPricer
+from moesim.study.network_pricing import contention_of_flows, link_fractions, named_algorithm_s
 from moesim.study.network_questions import AUTO, NetworkCase
 
 IN_SWITCH = "nvls"
@@ -134,7 +137,7 @@ def chosen_algorithms(case: NetworkCase) -> list[Choice]:
         return [Choice("direct" if case.algorithm == AUTO else case.algorithm)] * len(case.sizes)
     if case.algorithm != AUTO:
         return [Choice(case.algorithm)] * len(case.sizes)
-    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, case.cluster, case.device)
+    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, cluster=case.cluster, device=case.device)
     if case.engine == "flow":
         return [Choice("ring", choice.protocol) if choice.algorithm == IN_SWITCH else choice for choice in chosen]
     return chosen
@@ -165,17 +168,43 @@ def _demand(case: NetworkCase, name: str, traffic: GroupTraffic) -> CollectiveDe
 
 
 def _time_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic) -> FloatArray:
-    """Ideal time, or what the stack makes of it."""
+    """Ideal time, or what the stack makes of it: of its own choice, or of the algorithm that was named."""
     if case.stack is None:
         return ideal_time_s(demand, case.fabric)
-    group = ProcessGroup(np.array([float(case.ranks)]), np.ones(1))
-    work = Collective(case.kind, case.sizes, group)
-    return collective_time(work, fabric_rates(case.cluster, case.device, case.stack)).modelled_s
+    return _library_s(case, demand, traffic, fabric_rates(case.cluster, case.device, case.stack))
+
+
+def _library_s(case: NetworkCase, demand: CollectiveDemand, traffic: GroupTraffic, rates: FabricRates) -> FloatArray:
+    if case.algorithm == AUTO and case.shares is None:
+        return library_times(case.kind, traffic, rates).modelled_s
+    return named_algorithm_s(case.kind, demand, traffic, rates)
 
 
 def _by_flows(case: NetworkCase, choices: list[Choice]) -> Iterator[tuple[float, str, float]]:
-    pricer = FlowPricer(case)
-    return (pricer.price(choice.algorithm, float(size)) for choice, size in zip(choices, case.sizes, strict=True))
+    pricer, traffic = FlowPricer(case), traffic_of(case)
+    rates = fabric_rates(case.cluster, case.device, case.stack) if case.stack is not None else None
+    if rates is not None:
+        pricer.slow_links(link_fractions(case.kind, _tiers(case), rates))
+    for index, (choice, size) in enumerate(zip(choices, case.sizes, strict=True)):
+        flows_s, link, busy_s = pricer.price(choice.algorithm, float(size))
+        if rates is None:
+            yield flows_s, link, busy_s / flows_s if flows_s > 0 else 0.0
+            continue
+        algorithm = runnable_algorithms(case.kind, case.fabric)[choice.algorithm]
+        one = GroupTraffic(traffic.num_bytes[[index]], traffic.extents[:, [index]])
+        wire_s = np.array([max(flows_s - pricer.empty_s(choice.algorithm), 0.0)])
+        demand = algorithm.demand(case.kind, one, rates)
+        shared = replace(one, contention=contention_of_flows(case.kind, demand, rates, wire_s))
+        time_s = float(_library_s(case, demand, shared, rates)[0])
+        yield time_s, link, busy_s / time_s
+
+
+def _tiers(case: NetworkCase) -> list[str]:
+    """Tier of each level of the fabric."""
+    fabric = case.cluster.fabric
+    if isinstance(fabric, HierarchicalFabric):
+        return [level.tier for level in fabric.levels]
+    return ["torus"] * len(case.fabric.levels)
 
 
 def _notes(case: NetworkCase, choices: list[Choice]) -> tuple[str, ...]:
@@ -185,7 +214,10 @@ def _notes(case: NetworkCase, choices: list[Choice]) -> tuple[str, ...]:
             "ideal: nominal bandwidth, one hop latency per round; name a --stack for what a library makes of it"
         )
     if case.algorithm == AUTO and any(choice.protocol for choice in choices):
-        notes.append("algorithm and protocol as NCCL 2.30.7's tuner takes them")
+        priced = "; times are of the stack's own choice between them" if case.stack is not None else ""
+        notes.append(f"algorithm and protocol as NCCL 2.30.7's tuner takes them{priced}")
+    if case.algorithm == IN_SWITCH and case.device.generation not in NVLS_EFFICIENCY:
+        notes.append(f"switches of {case.device.id} do not reduce; this is what they would take")
     if case.engine == "flow" and case.kind == "all_reduce" and case.algorithm == AUTO:
         notes.append("flows: switches do not reduce; where the library would use them, a ring is simulated")
     if case.engine == "flow" and any(choice.algorithm != "direct" for choice in choices):

@@ -144,6 +144,12 @@ BUILDERS = {
     "ring": lambda: torus("tpu_v5e", [8], [True]),
 }
 FABRICS = tuple(BUILDERS)
+LARGER = {
+    "eight nodes on rails": lambda: hierarchy(
+        "h100_sxm", node("nvswitch3", 8, "450 GB/s"), network("infiniband_ndr_rail", 8, "400 Gb/s", 8)
+    ),
+}
+"""Not in every test: 64 devices and more."""
 
 
 def figure_number(value: float) -> dict[str, Any]:
@@ -153,4 +159,4 @@ def figure_number(value: float) -> dict[str, Any]:
 @lru_cache
 def fabric(name: str) -> Topology:
     """One of the small fabrics; built once."""
-    return BUILDERS[name]()
+    return (BUILDERS | LARGER)[name]()

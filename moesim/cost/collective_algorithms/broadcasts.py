@@ -57,7 +57,7 @@ class PipelinedBroadcast(AbstractAlgorithm):
         ranks, size = layout.num_ranks, layout.extents[0]
         chains = [_rail(layout, channel) for channel in range(size)] if ranks > size else [_around(0, 0, size, [0])]
         owners = np.zeros(len(chains), dtype=np.int64)
-        return plan_of(kind, ranks, chains, np.full(len(chains), num_bytes / len(chains)), owners)
+        return plan_of(kind, ranks, chains, np.full(len(chains), num_bytes / len(chains)), owners=owners)
 
 
 def _rail(layout: GroupLayout, channel: int) -> Rounds:
@@ -107,7 +107,7 @@ class BinomialBroadcast(AbstractAlgorithm):
     def plan(self, kind: CollectiveKind, num_bytes: float, layout: GroupLayout) -> CommunicationPlan:
         """Rounds of doubling distance, level by level."""
         rounds = spread(layout, (0, _binomial_edges), [0], _binomial_edges)
-        return plan_of(kind, layout.num_ranks, [rounds], np.array([num_bytes]), np.zeros(1, dtype=np.int64))
+        return plan_of(kind, layout.num_ranks, [rounds], np.array([num_bytes]), owners=np.zeros(1, dtype=np.int64))
 
 
 def _binomial_edges(size: int) -> list[list[tuple[int, int]]]:
@@ -160,7 +160,7 @@ class TorusBroadcast(AbstractAlgorithm):
             holders = [int(line[0]) for line in layout.lines(level) if not layout.coordinates[line[0], :level].any()]
             for pairs in _axis_edges(size, layout.closes[level]):
                 rounds.append([(at + stride * a, at + stride * b, [0]) for at in holders for a, b in pairs])
-        return plan_of(kind, layout.num_ranks, [rounds], np.array([num_bytes]), np.zeros(1, dtype=np.int64))
+        return plan_of(kind, layout.num_ranks, [rounds], np.array([num_bytes]), owners=np.zeros(1, dtype=np.int64))
 
 
 def _axis_edges(size: int, is_closed: bool) -> list[list[tuple[int, int]]]:

@@ -72,7 +72,7 @@ class Nvls(AbstractAlgorithm):
             owner = int(layout.coordinates[tree[0], 0])
             collect = [(rank, ranks + rank // size, [block]) for rank in range(ranks)]
             deliver = [(ranks + domain, domain * size + owner, [block]) for domain in range(ranks // size)]
-            between = chain_of(kind, [] if inside else spread(layout, tree, [block], tree_edges, 1), block_bytes)
+            between = chain_of(kind, [] if inside else spread(layout, tree, [block], tree_edges, lowest=1), block_bytes)
             up = [Transfers.of(collect, block_bytes, adds=True), Transfers.of(deliver, block_bytes)]
             down = [
                 Transfers.of([(target, source, blocks) for source, target, blocks in moves], block_bytes)

@@ -56,7 +56,7 @@ class Recursive(AbstractAlgorithm):
         for level in reversed(range(layout.num_levels)):
             shards = shards_of(layout, level, range(level))
             rounds += side_by_side(_doubling(line, shards) for line in layout.lines(level))
-        return plan_of(kind, ranks, [rounds], np.full(ranks, num_bytes / ranks), np.arange(ranks))
+        return plan_of(kind, ranks, [rounds], np.full(ranks, num_bytes / ranks), owners=np.arange(ranks))
 
 
 def _doubling(line: IntArray, blocks: BlocksOf) -> Rounds:
@@ -126,7 +126,7 @@ class HalvingDoubling(AbstractAlgorithm):
             rounds += _widened(_renamed(doubled, rank_of), layout, level, powers)
             rounds += _unfold(layout, core, level, powers)
         blocks = core.num_ranks
-        return plan_of(kind, layout.num_ranks, [rounds], np.full(blocks, num_bytes / blocks), np.arange(blocks))
+        return plan_of(kind, layout.num_ranks, [rounds], np.full(blocks, num_bytes / blocks), owners=np.arange(blocks))
 
 
 def _renamed(rounds: Rounds, rank_of: Sequence[int]) -> Rounds:

@@ -62,7 +62,7 @@ class Ring(AbstractAlgorithm):
         ranks, channels = layout.num_ranks, layout.stride(layout.top)
         chains = [_channel(layout, channel) for channel in range(channels)]
         block_bytes = np.full(channels * ranks, num_bytes / (channels * ranks))
-        return plan_of(kind, ranks, chains, block_bytes, np.tile(np.arange(ranks), channels))
+        return plan_of(kind, ranks, chains, block_bytes, owners=np.tile(np.arange(ranks), channels))
 
 
 def _channel(layout: GroupLayout, channel: int) -> Rounds:
@@ -150,7 +150,9 @@ class Hierarchical(AbstractAlgorithm):
 def _staged_plan(kind: CollectiveKind, num_bytes: float, layout: GroupLayout) -> CommunicationPlan:
     ranks = layout.num_ranks
     rounds = staged_gather(layout, range(layout.num_levels), 0)
-    return plan_of(kind, ranks, [rounds], np.full(2 * ranks, num_bytes / (2 * ranks)), np.tile(np.arange(ranks), 2))
+    return plan_of(
+        kind, ranks, [rounds], np.full(2 * ranks, num_bytes / (2 * ranks)), owners=np.tile(np.arange(ranks), 2)
+    )
 
 
 def _ring_levels(kind: CollectiveKind, traffic: GroupTraffic, fabric: Fabric) -> tuple[LevelDemand, ...]:
@@ -216,7 +218,7 @@ class TorusRings(AbstractAlgorithm):
         chains = [staged_gather(layout, order, 2 * ranks * part) for part, order in enumerate(orders)]
         blocks = 2 * ranks * len(orders)
         owners = np.tile(np.arange(ranks), 2 * len(orders))
-        return plan_of(kind, ranks, chains, np.full(blocks, num_bytes / blocks), owners)
+        return plan_of(kind, ranks, chains, np.full(blocks, num_bytes / blocks), owners=owners)
 
 
 def axis_orders(is_ring: Sequence[bool]) -> list[tuple[int, ...]]:

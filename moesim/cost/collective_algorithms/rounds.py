@@ -39,7 +39,7 @@ def chain_of(kind: CollectiveKind, rounds: Rounds, block_bytes: FloatArray) -> C
 
 
 def plan_of(
-    kind: CollectiveKind, num_ranks: int, chains: Iterable[Rounds], block_bytes: FloatArray, owners: IntArray
+    kind: CollectiveKind, num_ranks: int, chains: Iterable[Rounds], block_bytes: FloatArray, *, owners: IntArray
 ) -> CommunicationPlan:
     """Build the plan of a reduction, gather or broadcast; ``owners`` (n_blocks,) gather from or scatter to."""
     blocks = np.arange(len(block_bytes))

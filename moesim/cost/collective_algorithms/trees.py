@@ -135,7 +135,7 @@ class BinaryTree(AbstractAlgorithm):
 
 def _tree_plan(kind: CollectiveKind, num_bytes: float, layout: GroupLayout, chains: list[Rounds]) -> CommunicationPlan:
     block_bytes = np.full(len(chains), num_bytes / len(chains))
-    return plan_of(kind, layout.num_ranks, chains, block_bytes, np.zeros(len(chains), dtype=np.int64))
+    return plan_of(kind, layout.num_ranks, chains, block_bytes, owners=np.zeros(len(chains), dtype=np.int64))
 
 
 def tops(traffic: GroupTraffic) -> list[tuple[FloatArray, FloatArray, npt.NDArray[np.bool_]]]:
@@ -224,7 +224,12 @@ def two_trees(layout: GroupLayout) -> list[RootedTree]:
 
 
 def spread(
-    layout: GroupLayout, tree: RootedTree, blocks: Sequence[int], inner_edges: Callable[[int], Edges], lowest: int = 0
+    layout: GroupLayout,
+    tree: RootedTree,
+    blocks: Sequence[int],
+    inner_edges: Callable[[int], Edges],
+    *,
+    lowest: int = 0,
 ) -> Rounds:
     """Broadcast over the outermost level among the devices of a channel, then level by level in, to ``lowest``.
 

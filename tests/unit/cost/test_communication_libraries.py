@@ -10,7 +10,7 @@ from random_scenarios import shipped_library
 
 from moesim.cost.collective_demands import GroupTraffic
 from moesim.cost.collectives import collective_time, fabric_rates
-from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_time_s, transfer_time_s
+from moesim.cost.communication_libraries import FabricRates, LevelRates, Protocol, library_times, transfer_time_s
 from moesim.structure.placement import ProcessGroup
 from moesim.structure.step_graph import Collective, RoutedCopies
 
@@ -27,7 +27,7 @@ def node(**fields: object) -> FabricRates:
 
 def times(kind, sizes, fabric, *, ranks=8.0, copies=None):
     num_bytes = np.asarray(sizes, dtype=float)
-    return library_time_s(kind, GroupTraffic(num_bytes, np.full((1, len(num_bytes)), ranks), copies), fabric)
+    return library_times(kind, GroupTraffic(num_bytes, np.full((1, len(num_bytes)), ranks), copies), fabric).modelled_s
 
 
 def test_a_transfer_in_the_best_number_of_chunks_is_latency_wire_and_their_root():
@@ -90,9 +90,9 @@ def test_levels_of_an_exchange_combine_by_their_exponent():
     inner = LevelRates("node", 2, 0.25e9 / 3e-3, False, False, False, 0.0, ideal, ideal, ideal)
     outer = dataclasses.replace(inner, name="network", bandwidth=0.5e9 / 4e-3)
     traffic = GroupTraffic(np.array([1e9]), np.array([[2.0], [2.0]]))
-    assert library_time_s("all_to_all", traffic, FabricRates((inner, outer), 1))[0] == pytest.approx(4e-3)
+    assert library_times("all_to_all", traffic, FabricRates((inner, outer), 1)).modelled_s[0] == pytest.approx(4e-3)
     squares = FabricRates((inner, outer), 1, levels_exponent=2.0)
-    assert library_time_s("all_to_all", traffic, squares)[0] == pytest.approx(5e-3)
+    assert library_times("all_to_all", traffic, squares).modelled_s[0] == pytest.approx(5e-3)
 
 
 def test_latency_of_kernels_grows_with_every_doubling_of_the_nodes():
@@ -101,7 +101,9 @@ def test_latency_of_kernels_grows_with_every_doubling_of_the_nodes():
     outer = dataclasses.replace(inner, name="network", exchange=dataclasses.replace(ideal, doubling_s=25e-6))
     extents = np.array([[8.0, 8.0, 8.0], [1.0, 2.0, 32.0]])
     traffic = GroupTraffic(np.ones(3), extents, RoutedCopies(8.0, 4.0))
-    found = library_time_s("all_to_all", traffic, FabricRates((inner, outer), 1, exchange_algorithm="rail_aligned"))
+    found = library_times(
+        "all_to_all", traffic, FabricRates((inner, outer), 1, exchange_algorithm="rail_aligned")
+    ).modelled_s
     assert found * 1e6 == pytest.approx([0.0, 25.0, 125.0], abs=1e-6)
 
 
