@@ -307,7 +307,7 @@ def chart_scaling(
 
 @application.command()
 def predict(
-    operator: Annotated[str, typer.Argument(help="gemm or attention.")],
+    operator: Annotated[str, typer.Argument(help="gemm, moe or attention.")],
     device: Annotated[str, typer.Option("--device", metavar="ID", help="Device the kernels run on.")],
     shapes: Annotated[Path, typer.Option("--input", metavar="SHAPES.csv", help="One row per kernel.")],
     output: Annotated[Path, typer.Option("--output", metavar="PREDICTIONS.csv", help="The rows with predictions.")],

@@ -24,9 +24,9 @@ ROW_GRANULARITY = 16.0
 class DeviceRates:
     """Rates of one device under one stack, SI; built once per estimate.
 
-    ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at the peak
-    times ``gemm_in_step``, what a GEMM reaches in a step of its rate alone (attention: ``clock_in_step``); else the
-    ``gemm`` and ``attention`` fractions do, which include that.
+    ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at
+    ``clock_in_step`` of the clock they were measured at and at ``gemm_in_step``, which is that times what a stack
+    reaches in a step of a GEMM's rate alone; else ``gemm`` and ``attention`` fractions do, which include both.
     """
 
     peak: dict[str, float]
@@ -49,9 +49,13 @@ class DeviceRates:
         return self.surfaces.gemm.core.launch_s if self.surfaces.gemm else self.gemm_fixed_s
 
     def peak_for(self, precision: str) -> float:
-        """Peak FLOP/s of a precision; one the device lacks runs at its fp32 rate, else at its slowest."""
-        if precision in self.peak:
-            return self.peak[precision]
+        """Peak FLOP/s of a precision; one the device lacks runs at its fp32 rate, else at its slowest.
+
+        Where a device has only one of the 16-bit formats, it serves for the other.
+        """
+        for format_ in (precision, {"bf16": "fp16", "fp16": "bf16"}.get(precision)):
+            if format_ in self.peak:
+                return self.peak[format_]
         return self.peak.get("fp32", min(self.peak.values()))
 
     @property
@@ -80,8 +84,8 @@ def device_rates(device: Device, stack: Stack | None = None, *, surfaces: Fitted
         traffic_fraction=memory.memory_fraction.value,
         traffic_fixed_s=memory.fixed_time.value,
         compute_units=device.compute_units.value,
+        gemm_in_step=in_step * clock,
         clock_in_step=clock,
-        gemm_in_step=clock * in_step,
         surfaces=surfaces or NO_SURFACES,
     )
 

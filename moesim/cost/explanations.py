@@ -9,14 +9,16 @@ import numpy as np
 from moesim.cost.attention_surface import AttentionShapes, AttentionTimeSurface, attention_parts, attention_residual
 from moesim.cost.collectives import collective_time
 from moesim.cost.efficiency_surfaces import OVERLAP_EXPONENT, ROW_GRANULARITY, DeviceRates
-from moesim.cost.gemm_surface import GemmSurface, core_parts, grid_value
+from moesim.cost.gemm_surface import GemmSurface, are_same_figures, core_parts, grid_value
 from moesim.cost.kernel_times import (
     attention_shapes,
-    attention_surface_at,
+    attention_surface_in_step,
     extra_output_bytes,
     forward_calls,
     gemm_machine,
+    gemm_surface_in_step,
     moe_machine,
+    moe_parameters_in_step,
     output_rate,
 )
 from moesim.cost.moe_surface import MoeTimeSurface, grouped_gemm_parts
@@ -111,10 +113,12 @@ def _surface_gemm(work: Gemm, rates: DeviceRates, surface: GemmSurface) -> Expla
     rows, columns, inner, groups = _first(work.rows, work.columns, work.inner, work.groups)
     machine = gemm_machine(rates, surface, work.precision)
     sizes = (np.maximum(rows, 1.0), np.maximum(columns, 1.0), np.maximum(inner, 1.0))
-    parts = core_parts(surface.core, machine, sizes, groups=groups, operand_bytes=work.input_bytes)
+    core = gemm_surface_in_step(surface, rates).core
+    parts = core_parts(core, machine, sizes, groups=groups, operand_bytes=work.input_bytes)
     terms = (parts.compute_s, parts.memory_s, parts.latency_s, parts.l2_s)
     norm = _power_norm(terms, surface.core.overlap_exponent)
-    factor = float(np.exp(grid_value(surface.grid, *sizes)) * surface.misalignment(columns, inner))
+    residual = grid_value(surface.grid, *sizes) if are_same_figures(machine, surface.machine) else 0.0
+    factor = float(np.exp(residual) * surface.misalignment(columns, inner))
     kernel = f"({surface.core.launch_s:.15g} + {norm} + {parts.joining_s:.15g}) * {factor:.15g}"
     floor = f"{_flops(work)} / {machine.peak_flop_rate:.15g}"
     words = f"{SURFACE_GEMM_FORMULA} [tile {parts.tile[0]} x {parts.tile[1]}, split {parts.split}]"
@@ -126,7 +130,7 @@ def _surface_gemm(work: Gemm, rates: DeviceRates, surface: GemmSurface) -> Expla
 
 def _grouped_gemm(work: Gemm, rates: DeviceRates, surface: MoeTimeSurface) -> Explanation:
     rows, columns, inner, groups = _first(work.rows, work.columns, work.inner, work.groups)
-    numbers, machine = surface.parameters, moe_machine(rates, work.precision)
+    numbers, machine = moe_parameters_in_step(surface, rates), moe_machine(rates, surface, work.precision)
     shape = (rows, columns, inner)
     parts = grouped_gemm_parts(numbers, machine, shape, groups=groups, operand_bytes=work.input_bytes)
     norm = _power_norm((parts.compute_s, parts.stream_s, parts.latency_s), numbers.overlap_exponent)
@@ -171,7 +175,7 @@ def _four_constant_gemm(work: Gemm, rates: DeviceRates) -> Explanation:
 
 
 def _surface_attention(work: AttentionCore, rates: DeviceRates, surface: AttentionTimeSurface) -> Explanation:
-    at_device = attention_surface_at(surface, rates, work.precision)
+    at_device = attention_surface_in_step(surface, rates, work.precision)
     every = attention_shapes(work)
     shapes = AttentionShapes(*_first(every.batch, every.sequence, every.heads, every.kv_heads, every.head_size))
     numbers = at_device.parameters

@@ -1,4 +1,4 @@
-"""The fitted surfaces of one device together, and how far off each was on shapes it had not seen."""
+"""The surfaces of one device together, and how far off each was on shapes it had not seen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moesim.cost.attention_surface import AttentionTimeSurface, attention_surface_from_document
-from moesim.cost.gemm_surface import GemmSurface, gemm_surface_from_json
-from moesim.cost.moe_surface import MoeTimeSurface, moe_surface_from_document
+from moesim.cost.attention_surface import AttentionTimeSurface
+from moesim.cost.gemm_surface import GemmSurface
+from moesim.cost.moe_surface import MoeTimeSurface
 
 SurfaceOperator = Literal["gemm", "attention", "moe"]
 SURFACE_OPERATORS: tuple[SurfaceOperator, ...] = ("gemm", "attention", "moe")
@@ -46,30 +46,7 @@ class FittedSurfaces:
 NO_SURFACES = FittedSurfaces()
 
 
-def fitted_surfaces(documents: Mapping[SurfaceOperator, Mapping[str, Any] | None]) -> FittedSurfaces:
-    """Build the surfaces of a device from their JSON objects.
-
-    Parameters
-    ----------
-    documents : mapping
-        One object per operator, None where there is none.
-
-    Returns
-    -------
-    FittedSurfaces
-        What there is.
-    """
-    gemm, attention, moe = (documents.get(operator) for operator in SURFACE_OPERATORS)
-    found = [(operator, document) for operator in SURFACE_OPERATORS if (document := documents.get(operator))]
-    return FittedSurfaces(
-        gemm=gemm_surface_from_json(gemm) if gemm else None,
-        attention=attention_surface_from_document(attention) if attention else None,  # type: ignore[arg-type]
-        moe=moe_surface_from_document(moe) if moe else None,  # type: ignore[arg-type]
-        records=tuple((operator, _record(operator, document)) for operator, document in found),
-    )
-
-
-def _record(operator: SurfaceOperator, document: Mapping[str, Any]) -> SurfaceRecord:
+def fitted_record(operator: SurfaceOperator, document: Mapping[str, Any]) -> SurfaceRecord:
     """Record of a document: held-out errors over all shapes; of the grouped GEMM, of layers a training step has."""
     provenance = document["provenance"]
     if operator == "gemm":

@@ -24,6 +24,8 @@ CHUNK = 64
 ELEMENT_BYTES = 2.0
 FEW_SIZES = 1024
 """Sizes up to which all tiles are tried at once: many calls on small arrays would cost more than the arithmetic."""
+FIGURE_TOLERANCE = 1e-3
+"""Relative difference up to which figures of two machines count as the same."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class GemmMachine:
     memory_bandwidth: float
     compute_units: float
     l2_cache_bytes: float
+
+
+def are_same_figures(one: GemmMachine, other: GemmMachine) -> bool:
+    """Whether peak, bandwidth and units agree: residual grids hold for one machine, formulas for all."""
+    pairs = (
+        (one.peak_flop_rate, other.peak_flop_rate),
+        (one.memory_bandwidth, other.memory_bandwidth),
+        (one.compute_units, other.compute_units),
+    )
+    return all(math.isclose(a, b, rel_tol=FIGURE_TOLERANCE) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,9 @@ class GemmSurface:
             Sizes of one product, of shapes that broadcast. A size of 0 is no work and takes no time; m below 1 counts
             as 1.
         machine : GemmMachine, optional
-            Datasheet figures of another device or precision to carry the surface to.
+        machine : GemmMachine, optional
+            Figures at another precision. Where peak, bandwidth or units differ from the surface's, the formula alone
+            answers: the grid was fitted for one machine.
         groups : array_like, optional
             Products of a batched kernel; the tables have 1 only.
         operand_bytes : float, optional
@@ -159,7 +173,9 @@ class GemmSurface:
         rows, columns, inner, products = np.broadcast_arrays(*sizes)
         one = tuple(np.maximum(size, 1.0) for size in (rows, columns, inner))
         time_s = core_time_s(self.core, used, *one, groups=products, operand_bytes=operand_bytes)
-        time_s = time_s * np.exp(grid_value(self.grid, *one)) * self.misalignment(columns, inner)
+        if are_same_figures(used, self.machine):
+            time_s = time_s * np.exp(grid_value(self.grid, *one))
+        time_s = time_s * self.misalignment(columns, inner)
         flops = 2.0 * products * rows * columns * inner
         return np.asarray(np.maximum(time_s, flops / used.peak_flop_rate) * (flops > 0))
 

@@ -1,7 +1,8 @@
 """Seconds of GEMMs and attention cores: through a device's fitted surfaces, else through four-constant forms.
 
 A surface is asked at the device's own figures and the precision's peak; its latencies stay. A stack's slow-down of
-GEMMs in a step scales that peak, so what a GEMM waits for (launch, main-loop latency, memory) does not grow with it.
+GEMMs in a step scales the fraction of that peak, so what a GEMM waits for (launch, main-loop latency, memory) does not
+grow with it, and kernels stay the ones measured (the residual grid).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 from moesim.cost.attention_surface import AttentionShapes, AttentionTimeSurface, attention_time_s
 from moesim.cost.efficiency_surfaces import ROW_GRANULARITY, DeviceRates, combined_time_s
 from moesim.cost.gemm_surface import ELEMENT_BYTES, GemmMachine, GemmSurface
-from moesim.cost.moe_surface import MoeMachine, grouped_gemm_time_s
+from moesim.cost.moe_surface import MoeMachine, MoeParameters, MoeTimeSurface, grouped_gemm_time_s
+from moesim.cost.surface_transfer import attention_surface_at
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import AttentionCore, Gemm
 
@@ -91,13 +93,13 @@ def _kernel_time_s(kind: Gemm, rates: DeviceRates, sizes: Sizes) -> FloatArray:
     rows, columns, inner, groups = sizes
     moe, gemm = rates.surfaces.moe, rates.surfaces.gemm
     if kind.is_ragged and moe is not None:
-        machine = moe_machine(rates, kind.precision)
+        parameters, machine = moe_parameters_in_step(moe, rates), moe_machine(rates, moe, kind.precision)
         shape, operand_bytes = (rows, columns, inner), kind.input_bytes
-        grouped_s = grouped_gemm_time_s(moe.parameters, machine, shape, groups=groups, operand_bytes=operand_bytes)
+        grouped_s = grouped_gemm_time_s(parameters, machine, shape, groups=groups, operand_bytes=operand_bytes)
         return rates.gemm_launch_s + grouped_s
     assert gemm is not None
-    figures = gemm_machine(rates, gemm, kind.precision)
-    return gemm.time_s(rows, columns, inner, figures, groups=groups, operand_bytes=kind.input_bytes)
+    figures, surface = gemm_machine(rates, gemm, kind.precision), gemm_surface_in_step(gemm, rates)
+    return surface.time_s(rows, columns, inner, figures, groups=groups, operand_bytes=kind.input_bytes)
 
 
 def _with_output_s(work: Gemm, kernel_s: FloatArray, rates: DeviceRates) -> FloatArray:
@@ -122,19 +124,26 @@ def output_rate(work: Gemm, rates: DeviceRates) -> float:
     return rates.memory_bandwidth * gemm.core.memory_fraction
 
 
+def gemm_surface_in_step(surface: GemmSurface, rates: DeviceRates) -> GemmSurface:
+    """A GEMM surface with its compute rate in a step; the machine and with it the residual grid stay."""
+    fraction = surface.core.compute_fraction * rates.gemm_in_step
+    return replace(surface, core=replace(surface.core, compute_fraction=fraction))
+
+
 def gemm_machine(rates: DeviceRates, surface: GemmSurface, precision: str) -> GemmMachine:
-    """Figures a GEMM surface is asked at: the device's own, at the rate of a precision in a step."""
-    return GemmMachine(
-        peak_flop_rate=rates.peak_for(precision) * rates.gemm_in_step,
-        memory_bandwidth=rates.memory_bandwidth,
-        compute_units=rates.compute_units,
-        l2_cache_bytes=surface.machine.l2_cache_bytes,
-    )
+    """Figures a GEMM surface is asked at: the device's, at the peak of a precision; units as the surface counts."""
+    return replace(surface.machine, peak_flop_rate=rates.peak_for(precision), memory_bandwidth=rates.memory_bandwidth)
 
 
-def moe_machine(rates: DeviceRates, precision: str) -> MoeMachine:
+def moe_parameters_in_step(surface: MoeTimeSurface, rates: DeviceRates) -> MoeParameters:
+    """Numbers of the grouped GEMM with its compute rate in a step."""
+    fraction = surface.parameters.compute_fraction * rates.gemm_in_step
+    return replace(surface.parameters, compute_fraction=fraction)
+
+
+def moe_machine(rates: DeviceRates, surface: MoeTimeSurface, precision: str) -> MoeMachine:
     """Figures the grouped GEMM is asked at, as :func:`gemm_machine`."""
-    return MoeMachine(rates.peak_for(precision) * rates.gemm_in_step, rates.memory_bandwidth, rates.compute_units)
+    return MoeMachine(rates.peak_for(precision), rates.memory_bandwidth, surface.machine.compute_units)
 
 
 def four_constant_gemm_s(work: Gemm, rates: DeviceRates) -> FloatArray:
@@ -184,14 +193,14 @@ def attention_shapes(work: AttentionCore) -> AttentionShapes:
     )
 
 
-def attention_surface_at(surface: AttentionTimeSurface, rates: DeviceRates, precision: str) -> AttentionTimeSurface:
-    """The surface at the device's own figures and the peak of a precision."""
-    return replace(
-        surface,
-        peak_flop_per_s=rates.peak_for(precision) * rates.clock_in_step,
-        memory_bytes_per_s=rates.memory_bandwidth,
-        compute_units=rates.compute_units,
-    )
+def attention_surface_in_step(
+    surface: AttentionTimeSurface, rates: DeviceRates, precision: str
+) -> AttentionTimeSurface:
+    """The surface at the peak of a precision and the clock in a step; grids as for :meth:`GemmSurface.time_s`."""
+    figures = GemmMachine(rates.peak_for(precision), rates.memory_bandwidth, surface.compute_units, 1.0)
+    fraction = surface.parameters.compute_fraction * rates.clock_in_step
+    slowed = replace(surface, parameters=replace(surface.parameters, compute_fraction=fraction))
+    return attention_surface_at(slowed, figures)
 
 
 def forward_calls(work: AttentionCore) -> float:
@@ -228,7 +237,7 @@ def attention_core_s(work: AttentionCore, rates: DeviceRates, kernels: int) -> F
     surface = rates.surfaces.attention
     has_work = work.pairs * work.heads > 0
     if surface is not None and work.prefill is not None:
-        at_device = attention_surface_at(surface, rates, work.precision)
+        at_device = attention_surface_in_step(surface, rates, work.precision)
         return attention_time_s(at_device, attention_shapes(work)) * forward_calls(work) * has_work
     flops = 2.0 * work.pairs * work.heads * (work.matmul_width * work.visible_fraction)
     compute_s = flops / (rates.peak_for(work.precision) * rates.attention_fraction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +15,16 @@ BoolArray = npt.NDArray[np.bool_]
 Remainder = Literal["idle_experts", "spread_experts", "busy_experts"]
 """Who gets the tokens that rounding a power-law draw leaves over."""
 
+UNGATED_KERNEL = "moe_torch_flow_nongated"
+"""Kernel source of experts without a gate."""
 TILE_ROWS = (16, 32, 64, 128, 256)
 """Rows of the output tiles a grouped GEMM may choose from."""
 DRAWS = 16
 """Draws of a power law that are averaged."""
+STEEPEST = 10.0
+"""Largest exponent of a power law that has a name."""
+HARMONIC = 1e-9
+"""Stands for 1 - exponent at exponent 1, whose inverse CDF is the limit."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ def power_law_counts(
     tokens, experts_per_token, num_experts, expert : int
         As in :class:`MoeShapes`.
     exponent : float
-        Exponent of the power law, not 1.
+        Exponent of the power law.
     remainder : str, optional
         Who gets what rounding leaves over; read off the weights that tables of large experts show were moved.
         ``idle_experts``: Hopper and Blackwell, from one token on. ``spread_experts``: idle ones of all ranks in turn,
@@ -169,7 +176,7 @@ def power_law_counts(
     """
     generator = np.random.default_rng(seed)
     low, high = (1.0, 0.8 * tokens) if tokens * experts_per_token > num_experts else (0.01, 2.0)
-    c = 1.0 - exponent
+    c = 1.0 - exponent or HARMONIC
     weight = ((high**c - low**c) * generator.random((draws, num_experts)) + low**c) ** (1.0 / c)
     choices = tokens * experts_per_token
     counts = np.round(weight / weight.sum(axis=1, keepdims=True) * choices)
@@ -251,10 +258,14 @@ def power_law_exponent(distribution: str) -> float | None:
     """
     if distribution == "balanced":
         return None
-    prefix, _, exponent = distribution.rpartition("_")
-    if prefix != "power_law":
+    prefix, _, text = distribution.rpartition("_")
+    try:
+        exponent = float(text)
+    except ValueError:
+        exponent = math.nan
+    if prefix != "power_law" or not 0 < exponent <= STEEPEST:
         raise ValueError(f"distribution {distribution!r} is neither 'balanced' nor 'power_law_<exponent>'")
-    return float(exponent)
+    return exponent
 
 
 def rank_load_of_distributions(

@@ -93,6 +93,28 @@ class HardwareLibrary:
                 return document
         return None
 
+    def surface_devices(self, operator: str) -> list[str]:
+        """Devices with a fitted surface of an operator, sorted."""
+        prefix = f"{operator}_"
+        paths = (path for one in self._directories for path in (one / "surfaces").glob(f"{prefix}*.json"))
+        return sorted({path.stem.removeprefix(prefix) for path in paths})
+
+    def transfer_document(self) -> dict[str, Any]:
+        """Rules by which surfaces are carried to devices without one, as their JSON object.
+
+        Raises
+        ------
+        FormatError
+            If no directory has them.
+        """
+        for directory in self._directories:
+            path = directory / "surfaces" / "transfer.json"
+            if path.is_file():
+                document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return document
+        message, remedy = "no profile directory has surfaces/transfer.json", "install moesim again"
+        raise FormatError([Problem(code="E-FMT-001", message=message, remedy=remedy)])
+
     def _read(self, kind: ProfileKind, name: str, model: type[Profile], field: str) -> Profile:
         path = self.path(kind, name)
         if path is None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from moesim.cost.collectives import fabric_rates
 from moesim.cost.efficiency_surfaces import device_rates
-from moesim.cost.fitted_surfaces import SURFACE_OPERATORS, FittedSurfaces, fitted_surfaces
+from moesim.cost.fitted_surfaces import FittedSurfaces
 from moesim.cost.operators import Hardware
+from moesim.cost.surface_transfer import device_surfaces
 from moesim.describe.consistency import Inconsistency, hardware_mismatches, inconsistencies
 from moesim.describe.documents import Document, apply_assignments, problems_from_validation, read_document
 from moesim.describe.hardware import Cluster, Device, Stack
@@ -125,11 +126,6 @@ def _rule_problems(document: Document, scenario: Scenario, cluster: Cluster, col
         for rule in legality_rules(scenario, cluster, columns)
         if rule.breaks[0]
     ]
-
-
-def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
-    """Surfaces that price a device's kernels: those fitted on it; the four-constant forms do where there are none."""
-    return fitted_surfaces({operator: library.surface(operator, device.id) for operator in SURFACE_OPERATORS})
 
 
 def build_system(

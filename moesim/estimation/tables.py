@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moesim.cost.surface_transfer import device_surfaces
 from moesim.describe.consistency import hardware_mismatches, inconsistencies
 from moesim.describe.documents import Document, assign
 from moesim.describe.hardware_library import HardwareLibrary
@@ -21,7 +22,7 @@ from moesim.describe.scenario import Scenario
 from moesim.engine.analytical import System, evaluate, model_flops
 from moesim.errors import FormatError, Problem, ScenarioError
 from moesim.estimation.estimate import scenario_document, tokens_per_row
-from moesim.estimation.loading import build_system, device_surfaces, validated_scenario
+from moesim.estimation.loading import build_system, validated_scenario
 from moesim.estimation.spaces import Axis, Space, read_space
 from moesim.structure.columns import COLUMN_OF_PATH, Columns, FloatArray, IntArray
 from moesim.structure.group_tables import encode_value, group_columns_table

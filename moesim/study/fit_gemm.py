@@ -59,6 +59,15 @@ START_AND_LIMITS: dict[str, tuple[float, float, float]] = {
 """Start, least and largest value of every constant; the softnesses stay above 0 so that growth shows in the slope."""
 HARD_WAVES = {"wave_softness": 0.05, "overlap_exponent": 4.5, "l2_ratio": 2.0, "prologue_length": 240.0}
 """A second start: whole waves and L2 traffic, as on Ampere. The loss has a minimum near each."""
+NOT_PORTABLE = {
+    "tile_softness": 0.05,
+    "l2_ratio": 1e6,
+    "cached_activations": 1.0,
+    "cached_weights": 1.0,
+    "cache_start": 1.0,
+    "cache_width": 1.0,
+}
+"""Constants of the core that travels between generations: neither L2 traffic nor cached operands."""
 ERROR_SCALE = 0.05
 """|log error| beyond which a row counts linearly instead of quadratically: bad library picks are 0.3 and more."""
 FIT_ROWS = 3000
@@ -118,7 +127,9 @@ def machine_of_device(device: str, library: HardwareLibrary | None = None) -> Ge
     )
 
 
-def fit_core(table: GemmTable, machine: GemmMachine, seed: int = 0) -> GemmCore:
+def fit_core(
+    table: GemmTable, machine: GemmMachine, seed: int = 0, held: Mapping[str, float] | None = None
+) -> GemmCore:
     """Fit the formula's constants to measured times.
 
     Parameters
@@ -129,6 +140,8 @@ def fit_core(table: GemmTable, machine: GemmMachine, seed: int = 0) -> GemmCore:
         Datasheet figures.
     seed : int, optional
         Seed of the draw.
+    held : mapping, optional
+        Constants that are not fitted, such as ``NOT_PORTABLE``.
 
     Returns
     -------
@@ -139,16 +152,22 @@ def fit_core(table: GemmTable, machine: GemmMachine, seed: int = 0) -> GemmCore:
 
     chosen = np.random.default_rng(seed).permutation(table.m.size)[:FIT_ROWS]
     m, n, k, log_time = table.m[chosen], table.n[chosen], table.k[chosen], np.log(table.time_s[chosen])
-    low, high = np.log([START_AND_LIMITS[field.name][1:] for field in fields(GemmCore)]).T
+    names = [field.name for field in fields(GemmCore) if field.name not in (held or {})]
+    low, high = np.log([START_AND_LIMITS[name][1:] for name in names]).T
+
+    def core(log_constants: FloatArray) -> GemmCore:
+        # Rounded, so that what is fitted on top is what the file holds.
+        fitted = {name: float(f"{value:.4g}") for name, value in zip(names, np.exp(log_constants), strict=True)}
+        return GemmCore(**(held or {}), **fitted)
 
     def residuals(log_constants: FloatArray) -> FloatArray:
-        return (np.log(core_time_s(_core(log_constants), machine, m, n, k)) - log_time) / ERROR_SCALE
+        return (np.log(core_time_s(core(log_constants), machine, m, n, k)) - log_time) / ERROR_SCALE
 
     starts = {name: limits[0] for name, limits in START_AND_LIMITS.items()}
     solutions = [
         least_squares(
             residuals,
-            np.clip(np.log([start[field.name] for field in fields(GemmCore)]), low + 1e-6, high - 1e-6),
+            np.clip(np.log([start[name] for name in names]), low + 1e-6, high - 1e-6),
             bounds=(low, high),
             loss="soft_l1",
             diff_step=[1e-3],
@@ -157,12 +176,7 @@ def fit_core(table: GemmTable, machine: GemmMachine, seed: int = 0) -> GemmCore:
         )
         for start in (starts, starts | HARD_WAVES)
     ]
-    return _core(min(solutions, key=lambda solution: float(solution.cost)).x)
-
-
-def _core(log_constants: FloatArray) -> GemmCore:
-    # Rounded, so that what is fitted on top is what the file holds.
-    return GemmCore(*(float(f"{value:.4g}") for value in np.exp(log_constants)))
+    return core(min(solutions, key=lambda solution: float(solution.cost)).x)
 
 
 def fit_surface(table: GemmTable, machine: GemmMachine, *, seed: int = 0, ridge: float = 3.0) -> GemmSurface:
@@ -415,7 +429,7 @@ def fit_and_judge(
 def surface_document(
     device: str, surface: GemmSurface, table: GemmTable, held_out: CrossValidation, *, seed: int
 ) -> dict[str, Any]:
-    """JSON object of a surface with its provenance: source, rows, folds, held-out errors."""
+    """JSON object of a surface with its provenance and the core that travels to other generations."""
     all_rows = error_statistics(held_out.predicted_s, table.time_s)
     is_large = table.flops >= 1e9
     large = error_statistics(held_out.predicted_s[is_large], table.time_s[is_large])
@@ -434,6 +448,7 @@ def surface_document(
             "held_out_error_from_1_gflop": _statistics_json(large),
         },
         **surface.to_json(),
+        "portable_core": asdict(fit_core(table.rows(table.is_aligned), surface.machine, seed, NOT_PORTABLE)),
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.moe_rank_loads import (
+    UNGATED_KERNEL,
     MoeShapes,
     RankLoad,
     Remainder,
@@ -33,8 +34,6 @@ from moesim.study.kernel_tables import fold_of_rows, half_widths_of_bins, log_bi
 
 BoolArray = npt.NDArray[np.bool_]
 
-UNGATED_KERNEL = "moe_torch_flow_nongated"
-"""Kernel source of experts without a gate."""
 REMAINDERS: dict[str, Remainder] = {"a100_sxm": "busy_experts", "l40s": "spread_experts"}
 """Tables whose bench drew power laws in another version than ``idle_experts``."""
 DOMAIN_FIELDS = ("tokens", "hidden", "local_inter", "experts_per_token", "num_experts", "expert")

@@ -1,8 +1,8 @@
 """Predict kernel times for the rows of a CSV file: what ``moesim predict`` does.
 
 A device with a fitted surface answers from it (``fitted``; ``extrapolated`` outside the domain it was fitted in, for
-another precision or pass). Any other device answers from the explicit forms with its own figures (``transferred``),
-with the interval that those figures' errors give.
+another precision or pass). Any other device answers from a surface carried over from a measured one (``transferred``),
+with the interval that predicting measured devices from each other has shown.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,45 @@ from moesim.cost.attention_surface import (
     attention_time_s,
     is_in_attention_domain,
 )
-from moesim.cost.efficiency_surfaces import DeviceRates, device_rates
-from moesim.cost.operators import attention_cost, gemm_cost
-from moesim.cost.uncertainty import NORMAL_QUANTILE, figure_error
+from moesim.cost.efficiency_surfaces import device_rates
+from moesim.cost.fitted_surfaces import FittedSurfaces
+from moesim.cost.moe_rank_loads import (
+    UNGATED_KERNEL,
+    MoeShapes,
+    power_law_exponent,
+    rank_load_of_distributions,
+    select_moe_shapes,
+    select_rank_loads,
+)
+from moesim.cost.moe_surface import is_in_moe_domain, moe_half_widths, moe_time_s
+from moesim.cost.operators import gemm_cost
+from moesim.cost.surface_transfer import (
+    SurfaceOrigin,
+    attention_surface_at,
+    attention_surface_for,
+    gemm_surface_for,
+    kernel_machine,
+    moe_surface_at,
+    moe_surface_for,
+)
 from moesim.describe.hardware import Device
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.errors import FormatError, Problem, ScenarioError
-from moesim.estimation.loading import device_surfaces
 from moesim.structure.columns import FloatArray
 from moesim.structure.lowering_layers import FLASH_BACKWARD_MATMULS_OVER_FORWARD
-from moesim.structure.step_graph import AttentionCore, Gemm, Phase, linear_extents
+from moesim.structure.step_graph import Gemm, Phase, linear_extents
 
-OPERATORS = ("gemm", "attention")
+OPERATORS = ("gemm", "moe", "attention")
 NEEDED: dict[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
+    "moe": ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"),
     "attention": ("batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim"),
 }
 ADDED = ("predicted_us", "low_us", "high_us", "source")
 PASSES: dict[str, tuple[str, ...]] = {
     "gemm": ("forward", "dgrad", "wgrad"),
+    "moe": ("forward", "backward"),
     "attention": ("forward", "backward"),
 }
 PHASE_OF_PASS: dict[str, Phase] = {
@@ -51,9 +70,14 @@ PHASE_OF_PASS: dict[str, Phase] = {
     "dgrad": "activation_gradient",
     "wgrad": "weight_gradient",
 }
+GEMM_BACKWARD = 2.0
+"""The same of a linear layer: gradients of activations and of weights."""
 EXTRAPOLATION_FACTOR = 2.0
 """Times the half width outside what was fitted: no held-out error speaks for it."""
 MAX_PROBLEMS = 20
+MOST_EXPERTS = 1_000_000
+MOST_ELEMENTS = 2.0**53
+"""Sizes above which a file is wrong rather than a kernel large."""
 ALIGNMENT = 64
 """Elements that n and k are whole multiples of in an aligned GEMM."""
 MICRO = 1e-6
@@ -102,10 +126,10 @@ def predict_file(operator: str, device_name: str, source: Path, target: Path, *,
     writer = csv.writer(text)
     writer.writerow([*header, *ADDED])
     low, high = prediction.time_s * np.exp(-prediction.half_width), prediction.time_s * np.exp(prediction.half_width)
-    for index, row in enumerate(rows):
+    for index, (_, row) in enumerate(rows):
         numbers = (prediction.time_s[index], low[index], high[index])
-        added = [f"{value / MICRO:.6g}" for value in numbers]
-        writer.writerow([*(row[name] for name in header), *added, prediction.source[index]])
+        added = [f"{value / MICRO:.9g}" for value in numbers]
+        writer.writerow([*row.values(), *added, prediction.source[index]])
     pending = target.with_name(target.name + ".partial")
     pending.write_text(text.getvalue(), encoding="utf-8")
     pending.replace(target)
@@ -118,6 +142,7 @@ def predict(
     """Predict kernel times of rows given as columns."""
     predictors: dict[str, Callable[[Device, Mapping[str, npt.NDArray[Any]], HardwareLibrary], KernelPrediction]] = {
         "gemm": _predict_gemm,
+        "moe": _predict_moe,
         "attention": _predict_attention,
     }
     if operator not in predictors:
@@ -134,44 +159,19 @@ def _predict_gemm(
     by_phase = linear_extents(*shape)
     rows, width, inner = (np.zeros_like(size) for size in shape)
     for name, phase in PHASE_OF_PASS.items():
-        part = columns["pass"] == name
+        at_pass = columns["pass"] == name
         for size, of_phase in zip((rows, width, inner), by_phase[phase], strict=True):
-            size[part] = np.asarray(of_phase)[part]
-    surfaces = device_surfaces(device, library)
-    if surfaces.gemm is None:
-        return _transferred_gemm(device, (rows, width, inner), columns["precision"])
-    rates = device_rates(device, surfaces=surfaces)
+            size[at_pass] = np.asarray(of_phase)[at_pass]
+    surface, origin = gemm_surface_for(device, library)
+    rates = device_rates(device, surfaces=FittedSurfaces(gemm=surface))
     time_s = np.empty(len(rows))
-    for precision in map(str, np.unique(columns["precision"])):
-        part = columns["precision"] == precision
+    for precision, part in _by_precision(columns):
         ones, operand_bytes = np.ones(part.sum()), PRECISION_BYTES[precision]
         work = Gemm(rows[part], width[part], inner[part], ones, precision, operand_bytes, output_bytes=2.0)
         time_s[part] = gemm_cost(work, rates)[0]
-    inside = surfaces.gemm.is_inside_domain(rows, width, inner) & (columns["precision"] == "bf16")
-    inside &= columns["pass"] == "forward"
+    inside = surface.is_inside_domain(rows, width, inner)
     is_aligned = (width % ALIGNMENT == 0) & (inner % ALIGNMENT == 0)
-    half_width = surfaces.gemm.half_width(time_s, is_aligned) * np.where(inside, 1.0, EXTRAPOLATION_FACTOR)
-    return KernelPrediction(time_s, half_width, _sources(inside))
-
-
-def _available(precision: str, rates: DeviceRates) -> str:
-    """The precision itself, or fp16 where a device has no bf16 (V100, T4): the other 16-bit format of its time."""
-    return "fp16" if precision == "bf16" and "bf16" not in rates.peak and "fp16" in rates.peak else precision
-
-
-def _transferred_gemm(
-    device: Device, sizes: tuple[FloatArray, FloatArray, FloatArray], precisions: npt.NDArray[Any]
-) -> KernelPrediction:
-    rates = device_rates(device)
-    time_s = np.empty(len(sizes[0]))
-    for precision in np.unique(precisions):
-        part = precisions == precision
-        rows, width, inner = (size[part] for size in sizes)
-        work = Gemm(rows, width, inner, np.ones_like(rows), _available(str(precision), rates), 2.0, 2.0)
-        time_s[part] = gemm_cost(work, rates)[0]
-    gemm = device.kernels.gemm
-    error = math.hypot(figure_error(gemm.compute_fraction), figure_error(gemm.fixed_time))
-    return _plain(time_s, error)
+    return _prediction(time_s, surface.half_width(time_s, is_aligned), inside & _is_as_fitted(columns), origin)
 
 
 def _predict_attention(
@@ -179,100 +179,144 @@ def _predict_attention(
 ) -> KernelPrediction:
     """Causal prefill as fitted; without a mask twice the pairs; backward 2.5 times the forward products."""
     shapes = AttentionShapes(*(columns[name] for name in NEEDED["attention"]))
-    is_backward, is_masked = columns["pass"] == "backward", columns["is_causal"] == "true"
-    factor = np.where(is_backward, FLASH_BACKWARD_MATMULS_OVER_FORWARD, 1.0) * np.where(is_masked, 1.0, 2.0)
-    surface = device_surfaces(device, library).attention
-    if surface is None:
-        return _transferred_attention(device, shapes, factor, columns["precision"])
-    time_s = attention_time_s(surface, shapes)
-    inside = is_in_attention_domain(surface, shapes) & (factor == 1.0) & (columns["precision"] == "bf16")
-    half_width = attention_half_widths(surface, time_s) * np.where(inside, 1.0, EXTRAPOLATION_FACTOR)
-    return KernelPrediction(time_s * factor, half_width, _sources(inside))
+    surface, origin = attention_surface_for(device, library)
+    time_s = np.empty(len(shapes.batch))
+    for precision, part in _by_precision(columns):
+        at = attention_surface_at(surface, kernel_machine(device, precision))
+        time_s[part] = attention_time_s(at, AttentionShapes(*(column[part] for column in astuple(shapes))))
+    is_masked = columns["is_causal"] == "true"
+    inside = is_in_attention_domain(surface, shapes) & _is_as_fitted(columns) & is_masked
+    factor = np.where(columns["pass"] == "backward", FLASH_BACKWARD_MATMULS_OVER_FORWARD, 1.0) * np.where(
+        is_masked, 1.0, 2.0
+    )
+    return _prediction(time_s * factor, attention_half_widths(surface, time_s), inside, origin)
 
 
-def _transferred_attention(
-    device: Device, shapes: AttentionShapes, factor: FloatArray, precisions: npt.NDArray[Any]
+def _predict_moe(device: Device, columns: Mapping[str, npt.NDArray[Any]], library: HardwareLibrary) -> KernelPrediction:
+    """Fused layer on the timed rank: the first of a balanced router, the most loaded one of a power law's draws."""
+    projections = np.where(columns["kernel_source"] == UNGATED_KERNEL, 2.0, 3.0)
+    shapes = MoeShapes(*[*(columns[name] for name in NEEDED["moe"]), projections])
+    surface, origin = moe_surface_for(device, library)
+    load = rank_load_of_distributions(shapes, columns["distribution"].astype(np.str_), remainder=surface.remainder)
+    time_s = np.empty(len(shapes.tokens))
+    for precision, part in _by_precision(columns):
+        at = moe_surface_at(surface, kernel_machine(device, precision))
+        time_s[part] = moe_time_s(at, select_moe_shapes(shapes, part), select_rank_loads(load, part))
+    inside = is_in_moe_domain(surface, shapes) & _is_as_fitted(columns)
+    factor = np.where(columns["pass"] == "backward", GEMM_BACKWARD, 1.0)
+    return _prediction(time_s * factor, moe_half_widths(surface, time_s), inside, origin)
+
+
+def _by_precision(columns: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    for precision in np.unique(columns["precision"].astype(np.str_)):
+        yield str(precision), columns["precision"] == precision
+
+
+def _is_as_fitted(columns: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.bool_]:
+    """Rows of what the tables hold: forward passes in bf16, or in fp16, which runs at the same rates."""
+    is_wide = (columns["precision"] == "bf16") | (columns["precision"] == "fp16")
+    return np.asarray(is_wide & (columns["pass"] == "forward"))
+
+
+def _prediction(
+    time_s: FloatArray, half_width: FloatArray, inside: npt.NDArray[np.bool_], origin: SurfaceOrigin
 ) -> KernelPrediction:
-    rates = device_rates(device)
-    tokens = shapes.batch * shapes.sequence
-    elements = tokens * shapes.head_size * 2.0 * (shapes.heads + shapes.kv_heads)
-    time_s = np.empty(len(tokens))
-    for precision in np.unique(precisions):
-        for size in np.unique(shapes.head_size):
-            part = (precisions == precision) & (shapes.head_size == size)
-            work = AttentionCore(
-                pairs=(tokens * shapes.sequence)[part],
-                heads=shapes.heads[part],
-                matmul_width=2.0 * float(size),
-                visible_fraction=0.5,
-                io_elements=elements[part],
-                precision=_available(str(precision), rates),
-                element_bytes=2.0,
-            )
-            time_s[part] = attention_cost(work, rates, 1)[0]
-    return _plain(time_s * factor, figure_error(device.kernels.attention.compute_fraction))
+    widened = half_width * np.where(inside, 1.0, EXTRAPOLATION_FACTOR)
+    outside = "extrapolated" if origin.is_own else origin.kind
+    return KernelPrediction(time_s, widened, [origin.kind if one else outside for one in inside.tolist()])
 
 
-def _plain(time_s: FloatArray, error: float) -> KernelPrediction:
-    """Transferred times with the interval of a log-normal error."""
-    half_width = np.full(len(time_s), NORMAL_QUANTILE * error)
-    return KernelPrediction(time_s, half_width, ["transferred"] * len(time_s))
-
-
-def _sources(inside: npt.NDArray[np.bool_]) -> list[str]:
-    return ["fitted" if one else "extrapolated" for one in inside.tolist()]
-
-
-def _read_rows(operator: str, path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a CSV file."""
+def _read_rows(operator: str, path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Header, and rows with their lines, of a CSV file."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            rows = [dict(row) for row in reader]
-            header = list(reader.fieldnames or [])
+            reader = csv.reader(stream, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            texts = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _wrong(path, None, f"cannot be read as CSV: {error}", "give a CSV file with a header") from None
+    problems = _header_problems(operator, path, header)
+    for line, row in texts:
+        if len(row) != len(header):
+            message = f"{len(row)} values under a header of {len(header)}"
+            problems += _wrong(path, line, message, "give every row one value per column").problems
+    if problems:
+        raise FormatError(problems[:MAX_PROBLEMS])
+    return header, [(line, dict(zip(header, row, strict=True))) for line, row in texts]
+
+
+def _header_problems(operator: str, path: Path, header: Sequence[str]) -> list[Problem]:
+    problems: list[Problem] = []
     missing = [name for name in NEEDED[operator] if name not in header]
     if missing:
         text = f"column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing"
-        raise _wrong(path, 1, text, f"{operator} needs {', '.join(NEEDED[operator])}")
-    taken = [name for name in ADDED if name in header]
-    if taken:
-        raise _wrong(path, 1, f"column {taken[0]} is there already", "leave the predicted columns out")
-    return header, rows
+        problems += _wrong(path, 1, text, f"{operator} needs {', '.join(NEEDED[operator])}").problems
+    for name in dict.fromkeys(header):
+        if name in ADDED:
+            problems += _wrong(path, 1, f"column {name} is there already", "leave predicted columns out").problems
+        if header.count(name) > 1:
+            problems += _wrong(path, 1, f"column {name} is given twice", "keep one").problems
+    return problems
 
 
 def _columns(
-    operator: str, path: Path, header: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    operator: str, path: Path, header: Sequence[str], rows: Sequence[tuple[int, Mapping[str, str]]]
 ) -> dict[str, npt.NDArray[Any]]:
     """Columns of the rows: sizes as numbers, options as text with their defaults; all problems at once."""
     problems: list[Problem] = []
     columns: dict[str, npt.NDArray[Any]] = {}
     for name in NEEDED[operator]:
-        columns[name] = np.array([_size(path, name, row, line, problems) for line, row in enumerate(rows, 2)])
+        sizes = [_size(path, name, row[name], line, problems) for line, row in rows]
+        columns[name] = np.array(sizes, dtype=np.float64)
     choices = {
         "precision": ("bf16", ("bf16", "fp16", "fp8", "fp4", "fp32", "tf32", "int8")),
         "is_causal": ("true", ("true", "false")),
         "pass": ("forward", PASSES[operator]),
     }
     for name, (default, legal) in choices.items():
-        texts = [str(row.get(name) or default).lower() if name in header else default for row in rows]
-        for line, text in enumerate(texts, 2):
+        texts = [(row.get(name, "").strip() or default).lower() for _, row in rows]
+        for (line, _), text in zip(rows, texts, strict=True):
             if text not in legal:
                 problems += _wrong(path, line, f"{name} is {text!r}", f"choose {', '.join(legal)}").problems
         columns[name] = np.array(texts, dtype=object)
+    if operator == "moe":
+        columns |= _moe_options(path, columns, rows, problems)
     if problems:
         raise FormatError(problems[:MAX_PROBLEMS])
     return columns
 
 
-def _size(path: Path, name: str, row: Mapping[str, Any], line: int, problems: list[Problem]) -> float:
-    text = row.get(name)
+def _moe_options(
+    path: Path,
+    columns: Mapping[str, npt.NDArray[Any]],
+    rows: Sequence[tuple[int, Mapping[str, str]]],
+    problems: list[Problem],
+) -> dict[str, npt.NDArray[Any]]:
+    """Router and kernel of each row; whether its experts can be chosen and spread as it says."""
+    distributions = [row.get("distribution", "").strip() or "balanced" for _, row in rows]
+    for (line, _), name in zip(rows, distributions, strict=True):
+        try:
+            power_law_exponent(name)
+        except ValueError as error:
+            problems += _wrong(path, line, str(error), "write balanced or power_law_1.2").problems
+    experts, chosen, ranks = (columns[name] for name in ("num_experts", "topk", "moe_ep_size"))
+    for wrong, message, remedy in (
+        (experts > MOST_EXPERTS, f"num_experts is above {MOST_EXPERTS}", "write fewer experts"),
+        (chosen > experts, "topk is above num_experts", "choose no more experts than there are"),
+        (experts % ranks != 0, "num_experts is no multiple of moe_ep_size", "spread experts evenly"),
+    ):
+        for index in np.flatnonzero(wrong).tolist():
+            problems += _wrong(path, rows[index][0], message, remedy).problems
+    kernels = [row.get("kernel_source", "").strip() for _, row in rows]
+    return {"distribution": np.array(distributions, dtype=object), "kernel_source": np.array(kernels, dtype=object)}
+
+
+def _size(path: Path, name: str, text: str, line: int, problems: list[Problem]) -> float:
     try:
-        value = float(str(text))
+        value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 1 and value == int(value)):
+    if not (1 <= value < MOST_ELEMENTS and value == math.floor(value)):
         problems += _wrong(path, line, f"{name} is {text!r}", "write a whole number of at least 1").problems
         return 1.0
     return value

@@ -17,7 +17,8 @@ from moesim.cost.fitted_surfaces import NO_SURFACES, SURFACE_OPERATORS
 from moesim.cost.kernel_times import extra_output_bytes, four_constant_gemm_s, gemm_times_s
 from moesim.cost.moe_surface import grouped_gemm_time_s
 from moesim.cost.operators import attention_cost, gemm_cost, loaded_gemm
-from moesim.estimation.loading import device_surfaces, load
+from moesim.cost.surface_transfer import device_surfaces
+from moesim.estimation.loading import load
 from moesim.estimation.provenance import sourced_figures
 from moesim.structure.layers import layer_sequence
 from moesim.structure.lowering import LoweringContext
