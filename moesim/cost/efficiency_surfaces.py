@@ -40,7 +40,6 @@ class DeviceRates:
     traffic_fixed_s: float
     compute_units: float
     gemm_in_step: float = 1.0
-    clock_in_step: float = 1.0
     surfaces: FittedSurfaces = NO_SURFACES
 
     @property

@@ -294,7 +294,7 @@ def _recompute(run: PublishedRun, assumed: Assumptions) -> dict[str, Any]:
         return {"recompute": "selective", "recompute_modules": ["core_attn"]}
     if text in ("none", "none set in recipe function", "not set in test args"):
         return {"recompute": "none"}
-    if text.startswith(("full activation", "remat", "custom: offload")) or text == "full":
+    if text.startswith(("full activation", "remat", "custom: offload")) or text == "full" or "heavy recompute" in text:
         return {"recompute": "full"}
     if text.startswith("selective") or "up-projections" in text:
         return {"recompute": "selective", "recompute_modules": _recomputed_modules(text, assumed)}

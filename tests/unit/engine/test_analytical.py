@@ -342,6 +342,33 @@ def test_host_waits_for_the_counts_of_token_prediction_experts_too():
     assert host_s[1] - host_s[0] == pytest.approx(waiting_s)
 
 
+class TestExchangeExpertByExpert:
+    """FastMoE sends each expert's rows on their own: the time follows the number of experts, not where they are."""
+
+    def exposed(self, **changes: Any) -> float:
+        fields = {"stack": "fastmoe_nccl", "cluster": "a100_sxm_40gb_dgx_nodes", **changes}
+        return answer_to(SMALL_MOE, fields).exposed_s["all_to_all"]
+
+    def test_messages_grow_with_experts_and_not_with_ranks(self):
+        spread = self.exposed(**{"parallelism.expert": 8})
+        together = self.exposed(**{"parallelism.expert": 2})
+        more = self.exposed(**{"parallelism.expert": 8, "model.moe.num_experts": 32})
+        assert together == pytest.approx(spread, rel=0.2)
+        assert more == pytest.approx(2 * spread, rel=0.2)
+
+
+def test_all_to_all_beside_compute_hides_the_share_a_stack_states():
+    asked, plain = (
+        answer_to(SMALL_MOE, {"stack": "megatron_core_nccl", "stack_options.overlaps_expert_communication": is_asked})
+        for is_asked in (True, False)
+    )
+    share = loaded(with_fields(SMALL_MOE, {"stack": "megatron_core_nccl"})).system.stack.overlap
+    whole = plain.exposed_s["all_to_all"]
+    assert plain.hidden_s["all_to_all"] == 0
+    assert asked.hidden_s["all_to_all"] == pytest.approx(share.all_to_all_beside_compute * whole)
+    assert asked.exposed_s["all_to_all"] + asked.hidden_s["all_to_all"] == pytest.approx(whole)
+
+
 class TestTimeOfAHostBoundStretch:
     """Between synchronisations a stretch takes max(device, host), and a graph issues nothing."""
 

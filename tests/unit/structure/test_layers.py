@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.estimation.loading import LoadedScenario
-from moesim.structure.layers import even_layers_per_chunk, layer_sequence, stage_plan
+from moesim.structure.layers import (
+    even_layers_per_chunk,
+    layer_sequence,
+    layers_per_chunk_before_prediction,
+    stage_plan,
+)
 
 
 @given(num_layers=st.integers(1, 300), num_chunks=st.integers(1, 64))
@@ -46,12 +51,12 @@ def test_only_decoders_of_encoder_decoder_models_have_cross_attention(shipped: C
 
 
 def test_runs_of_layers_stay_in_order_over_stages(shipped: Callable[..., LoadedScenario]) -> None:
-    """DeepSeek-V3: the three dense layers are the first three of the 61, so stage 0 (3 layers) has no expert."""
+    """DeepSeek-V3: the three dense layers are the first three of the 61; the last stage has room for the prediction."""
     sequence = layer_sequence(shipped("deepseek_v3").scenario.model)
     counts = stage_plan(sequence, 16, 1).stage_counts()
     dense, moe = (sequence.kinds.index(kind) for kind in sorted(sequence.kinds, key=lambda kind: kind.is_moe))
     assert counts[dense].tolist() == [3.0] + [0.0] * 15
-    assert counts[moe].tolist() == [0.0] + [4.0] * 13 + [3.0] * 2
+    assert counts[moe].tolist() == [1.0] + [4.0] * 14 + [1.0]
 
 
 @pytest.mark.parametrize(("stages", "virtual_stages"), [(1, 1), (4, 1), (4, 2), (8, 4), (5, 3)])
@@ -66,10 +71,10 @@ def test_every_layer_is_on_exactly_one_chunk(
 
 
 def test_chunk_c_runs_on_stage_c_modulo_stages(shipped: Callable[..., LoadedScenario]) -> None:
-    """61 layers in 16 chunks are (3, 4 x 13, 3, 3); four stages take chunks s, s + 4, s + 8, s + 12."""
+    """61 layers in 16 chunks are (4 x 15, 1); four stages take chunks s, s + 4, s + 8, s + 12."""
     sequence = layer_sequence(shipped("deepseek_v3").scenario.model)
     plan = stage_plan(sequence, 4, 4)
-    assert plan.stage_counts().sum(axis=0).tolist() == [3 + 4 + 4 + 4, 16, 4 + 4 + 4 + 3, 4 + 4 + 4 + 3]
+    assert plan.stage_counts().sum(axis=0).tolist() == [16, 16, 16, 4 + 4 + 4 + 1]
 
 
 def test_given_layers_per_stage_are_honoured(shipped: Callable[..., LoadedScenario]) -> None:
@@ -87,3 +92,13 @@ def test_layers_given_per_stage_keep_the_order_of_the_model(shipped: Callable[..
     counts = stage_plan(sequence, 2, 1, (1, 60)).stage_counts()
     dense = next(index for index, kind in enumerate(sequence.kinds) if not kind.is_moe)
     assert counts[dense].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("num_layers", [5, 27, 61, 94])
+@pytest.mark.parametrize("num_chunks", [2, 4, 8, 16, 32])
+def test_token_prediction_gets_room_on_the_last_chunk_and_no_layer_is_lost(num_layers: int, num_chunks: int) -> None:
+    counts = layers_per_chunk_before_prediction(num_layers, num_chunks, 1)
+    assert len(counts) == num_chunks
+    assert sum(counts) == num_layers
+    assert min(counts) >= 0
+    assert counts[-1] + 2 <= max(max(counts), 2)

@@ -65,11 +65,14 @@ def test_latent_attention_by_hand(shipped: Shipped) -> None:
 
 
 def test_cross_attention_projects_keys_of_the_source(shipped: Shipped) -> None:
-    """T5-Base, micro-batch 16: the decoder layer minus its self-attention and feed-forward."""
+    """T5-Base, micro-batch 16: the decoder layer minus its self-attention and feed-forward.
+
+    On TPU a head of 64 fills half of the 128 lanes: the core's products cost twice their FLOPs.
+    """
     decoder = dense_part(context_of(shipped("t5_base")), LayerKind("decoder", False, True))
     cross = [row for row in decoder.operations if row.name.startswith("cross_attention.")]
     target, source, hidden = 16 * 114, 16 * 512, 768
-    expected = 2 * hidden**2 * (2 * target + 2 * source) + 4 * target * 512 * hidden
+    expected = 2 * hidden**2 * (2 * target + 2 * source) + 4 * target * 512 * (2 * hidden)
     assert flops(OperationTable("cross", cross), "forward") == pytest.approx(expected, rel=1e-12)
 
 
@@ -161,6 +164,6 @@ def test_full_recompute_repeats_the_forward_pass_of_every_layer_but_not_the_head
 def test_decoding_does_not_run_the_encoder_again(shipped: Shipped) -> None:
     base = estimate_loaded(shipped("t5_base", "workload.kind=decode"))
     deeper = estimate_loaded(shipped("t5_base", "workload.kind=decode", "model.encoder_layers.0.count=24"))
-    assert base.hardware_flops_per_step == pytest.approx(base.model_flops_per_step, rel=1e-9)
+    assert base.hardware_flops_per_step < 1.5 * base.model_flops_per_step
     assert deeper.hardware_flops_per_step == base.hardware_flops_per_step
     assert deeper.step_time_s == base.step_time_s
