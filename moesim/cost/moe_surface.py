@@ -17,13 +17,14 @@ BoolArray = npt.NDArray[np.bool_]
 TILE_COLUMNS = (64, 128, 256)
 LARGEST_TILE = 32768
 """Columns of the output tiles a grouped GEMM may choose from; rows × columns up to LARGEST_TILE."""
+STREAMED_ROWS, STREAMED_COLUMNS = 64, 128
+"""Output tile of the kernels that read a matrix larger than the cache once per row of tiles."""
+CYCLIC_STEPS = 12
 CHUNK = 64
 """Length of the inner dimension one iteration of the main loop covers."""
 ELEMENT_BYTES = 2.0
 ROUTER_KERNEL_EXPERTS = 128
 """Experts up to which the router's own kernel serves; above, general softmax and top-k kernels do."""
-CACHE_SHARPNESS = 16.0
-"""How suddenly weights stop being found in the last-level cache as they outgrow it: all or nothing on the L40S."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class MoeParameters:
     general_token_s: float
     general_token_expert_s: float
     cache_bytes: float
+    cache_width: float
+    activation_weight: float
+    cached_ratio: float
+    pass_cache_bytes: float
+    pass_sharpness: float
+    slab_bytes: float
+    shared_tiles: float
 
 
 @dataclass(frozen=True)
@@ -153,16 +161,24 @@ def moe_formula_time_s(parameters: MoeParameters, machine: MoeMachine, shapes: M
     With R slots and A active experts on the rank, t tokens, E experts, hidden size H, local intermediate size I and
     Be = B · memory_fraction::
 
-        T = fixed_s + expert_s E + slot_s R + (slot_passes 2 R H + token_passes 2 t H) / Be
+        T = fixed_s + expert_s E + slot_s R + a (slot_passes 2 R H + token_passes 2 t H) / Be
             + router(t, E) + G(N = (projections - 1) I, K = H) + G(N = H, K = I)
         router = router_token_s t                                             up to 128 experts, else
                  general_fixed_s + (general_token_s + general_token_expert_s E) t
         G = min over tiles (a, b) of (tc^p + tm^p + tl^p)^(1/p) + wave_s W
         W  = ceil(row_tiles(a) ceil(N / b) / S)                               whole waves of output tiles
         tc = W 2 a b 64 ceil(K / 64) S (1 + small_tile_cost (1/a + 1/b)) / (P compute_fraction)
-        tm = 2 (f A N K + R (K + N)) / Be                                     weights of the experts hit, and rows
+        tm = 2 ((f A + g r) N K + a R (K + N)) / Be                            weights of the experts hit, and rows
+        r  = max(min(u, sqrt(u shared_tiles)) min(ceil(N / 128) / S, 1) - A, 0)
+                                                                              weights read again; u = row_tiles(64)
         tl = chunk_s K / 64                                                   one main loop
-        f  = 1 / (1 + (cache_bytes / weights)^16)                               weights the cache does not hold
+
+    Shares of traffic that memory serves, the rest coming from the last-level cache: f of the weights rises from 0 to 1
+    as weights plus activation_weight × 2 (2 t H + 2 R H + projections R I) bytes grow from cache_bytes to
+    cache_bytes (1 + cache_width); a of the rows is c + (1 - c) / cached_ratio with
+    c = 1 / (1 + (pass_cache_bytes / 4 R H)^pass_sharpness); g of weights read again for another row of tiles rises from
+    0 to 1 as one expert's matrix of 2 N K bytes grows from slab_bytes by the same width. They matter where the cache is
+    large and memory slow: on the L40S whole layers fit, and experts that do not are read once per 64 rows.
 
     Routing is paid for all t tokens on every rank, with or without experts of theirs. No term falls as tokens grow if
     no load does. Collectives are not part of it. p near 1 says that these kernels hardly overlap streaming and
@@ -174,28 +190,62 @@ def moe_formula_time_s(parameters: MoeParameters, machine: MoeMachine, shapes: M
     general_token_s = parameters.general_token_s + parameters.general_token_expert_s * shapes.num_experts
     general_s = parameters.general_fixed_s + general_token_s * shapes.tokens
     router_s = np.where(is_general, general_s, parameters.router_token_s * shapes.tokens)
+    working_set = _working_set(shapes, load, parameters.activation_weight)
+    missed = _ramp(working_set, parameters.cache_bytes, parameters.cache_width)
+    moved = np.maximum(2.0 * ELEMENT_BYTES * slots * shapes.hidden, 1.0)
+    spilled = 1.0 / (1.0 + (parameters.pass_cache_bytes / moved) ** parameters.pass_sharpness)
+    rows_share = spilled + (1.0 - spilled) / parameters.cached_ratio
     passes = parameters.slot_passes * slots + parameters.token_passes * shapes.tokens
-    around_s = passes * ELEMENT_BYTES * shapes.hidden / stream + parameters.slot_s * slots
-    weights = ELEMENT_BYTES * load.active_experts * shapes.hidden * inter * shapes.projections
-    missed = 1.0 / (1.0 + (parameters.cache_bytes / np.maximum(weights, 1.0)) ** CACHE_SHARPNESS)
-    up_s = _grouped_gemm_s(parameters, machine, load, (shapes.projections - 1.0) * inter, shapes.hidden, missed)
-    down_s = _grouped_gemm_s(parameters, machine, load, shapes.hidden, inter, missed)
+    around_s = rows_share * passes * ELEMENT_BYTES * shapes.hidden / stream + parameters.slot_s * slots
+    shares = (missed, rows_share)
+    up_s = _grouped_gemm_s(parameters, machine, load, ((shapes.projections - 1.0) * inter, shapes.hidden), shares)
+    down_s = _grouped_gemm_s(parameters, machine, load, (shapes.hidden, inter), shares)
     fixed_s = parameters.fixed_s + parameters.expert_s * shapes.num_experts
     return np.asarray(fixed_s + router_s + around_s + up_s + down_s)
+
+
+def _working_set(shapes: MoeShapes, load: RankLoad, activation_weight: float) -> FloatArray:
+    """Bytes of the weights of experts hit, and of activations: tokens in and out, rows in, out and between."""
+    weights = load.active_experts * shapes.hidden * shapes.local_inter * shapes.projections
+    rows = 2.0 * shapes.hidden + shapes.local_inter * shapes.projections
+    activations = 2.0 * shapes.tokens * shapes.hidden + load.slots * rows
+    return np.asarray(ELEMENT_BYTES * (weights + activation_weight * activations))
+
+
+def _ramp(num_bytes: FloatArray, start: float, width: float) -> FloatArray:
+    """Share that a cache of ``start`` bytes misses: 0 up to it, 1 from ``start`` × (1 + width)."""
+    return np.clip((num_bytes / start - 1.0) / width, 0.0, 1.0)
+
+
+def _cyclic_miss(size: FloatArray) -> FloatArray:
+    """Share of misses of operands ``size`` times a cache with random replacement, read again and again in one order.
+
+    The root m of m = 1 - exp(-size m): 0 up to 1, 0.35 at 1.22, 0.80 at 2, towards 1.
+    """
+    missed = np.ones_like(size)
+    for _ in range(CYCLIC_STEPS):
+        missed = 1.0 - np.exp(-size * missed)
+    return np.where(size > 1.0, missed, 0.0)
 
 
 def _grouped_gemm_s(
     parameters: MoeParameters,
     machine: MoeMachine,
     load: RankLoad,
-    columns: FloatArray,
-    inner: FloatArray,
-    missed: FloatArray,
+    sizes: tuple[FloatArray, FloatArray],
+    shares: tuple[FloatArray, FloatArray],
 ) -> FloatArray:
+    """Time of one grouped GEMM of ``sizes`` (columns, inner); ``shares`` of weights and rows come from memory."""
+    columns, inner = sizes
     power, units = parameters.overlap_exponent, machine.compute_units
-    weight_elements = missed * load.active_experts * columns * inner
-    elements = weight_elements + load.slots * (columns + inner)
-    stream_s = ELEMENT_BYTES * elements / (machine.memory_bytes_per_s * parameters.memory_fraction)
+    stream = machine.memory_bytes_per_s * parameters.memory_fraction
+    slab = ELEMENT_BYTES * columns * inner
+    row_reads = load.row_tiles[..., TILE_ROWS.index(STREAMED_ROWS)]
+    row_reads = np.minimum(row_reads, np.sqrt(row_reads * parameters.shared_tiles))
+    row_reads = row_reads * np.minimum(np.ceil(columns / STREAMED_COLUMNS) / units, 1.0)
+    again = np.maximum(row_reads - load.active_experts, 0.0)
+    weights = shares[0] * load.active_experts + again * _cyclic_miss(slab / parameters.slab_bytes)
+    stream_s = (weights * slab + shares[1] * ELEMENT_BYTES * load.slots * (columns + inner)) / stream
     other = stream_s**power + (parameters.chunk_s * inner / CHUNK) ** power
     padded = np.ceil(inner / CHUNK) * CHUNK
     best = np.asarray(np.inf)
@@ -235,6 +285,8 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
         "local_experts": shapes.local_experts,
         "active_experts": load.active_experts,
         "tokens": shapes.tokens,
+        "slab": ELEMENT_BYTES * (shapes.projections - 1.0) * shapes.local_inter * shapes.hidden,
+        "working_set": _working_set(shapes, load, 1.0),
     }
     shape = np.broadcast_shapes(*(np.shape(column) for column in columns.values()))
     logs = {name: np.broadcast_to(np.log2(np.maximum(column, 1.0)), shape) for name, column in columns.items()}

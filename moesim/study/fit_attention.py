@@ -39,12 +39,11 @@ GRID_AXES: tuple[tuple[str, ...], ...] = (
 KNOTS: dict[str, tuple[float, ...]] = {
     "sequence": (0, 4, 6, 7, 8, 9, 10, 11, 12, 14),
     "batch_heads": (0, 2, 4, 6, 8, 10, 14),
-    "head_size": (6, 7, 8),
     "batch": (0, 2, 4, 8),
     "group": (0, 1, 3, 6),
     "working_set": (22, 24, 25, 26, 27, 28, 30),
 }
-"""Binary logarithms; 398 values in all, fewer where the table has fewer head sizes."""
+"""Binary logarithms; head sizes are those of the table. 398 values with three of them, 468 with four."""
 
 SMOOTHNESS = 0.3
 SHRINKAGE = 0.3
@@ -163,7 +162,9 @@ def fit_attention(
         return surface
     log_errors = np.log(time_s / attention_time_s(surface, shapes))
     probes = _attention_probes(surface, shapes)
-    grids = fit_residual_grids(GRID_AXES, KNOTS, attention_coordinates(shapes), log_errors, probes)
+    coordinates = attention_coordinates(shapes)
+    knots = {**KNOTS, "head_size": np.unique(coordinates["head_size"]).tolist()}
+    grids = fit_residual_grids(GRID_AXES, knots, coordinates, log_errors, probes)
     return replace(surface, grids=grids)
 
 

@@ -108,7 +108,7 @@ def validate_moe(path: Path, device: str, machine: MoeMachine, *, seed: int = 0)
     is_broken = is_slower_than_harder_rows(rows)
     is_misscaled = is_slower_than_scaled_rows(rows) & ~is_broken
     folds, kept = moe_folds(rows, seed=seed), is_judged(rows) & ~is_broken & ~is_misscaled
-    predicted_s = held_out_moe_times_s(device, rows, machine, folds, kept)
+    predicted_s, formula_s = held_out_moe_times_s(device, rows, machine, folds, kept)
     half_widths = np.full_like(predicted_s, np.nan)
     log_errors = np.log(rows.time_s / predicted_s)
     half_widths[kept] = conformal_half_widths(log_errors[kept], folds[kept], sizes=predicted_s[kept], level=LEVEL)
@@ -120,7 +120,7 @@ def validate_moe(path: Path, device: str, machine: MoeMachine, *, seed: int = 0)
         is_broken=is_broken,
         is_misscaled=is_misscaled,
         predicted_s=predicted_s,
-        formula_s=held_out_moe_times_s(device, rows, machine, folds, kept, has_grids=False),
+        formula_s=formula_s,
         folds=folds,
         half_widths=half_widths,
     )
