@@ -222,6 +222,54 @@ def attention_formula_time_s(
     1 at 128, linear in log d between its values at 64, 192 and 256, constant outside. Not meant for decoding, nor for
     keys other than the queries' own tokens.
     """
+    parts = attention_parts(
+        parameters,
+        shapes,
+        peak_flop_per_s=peak_flop_per_s,
+        memory_bytes_per_s=memory_bytes_per_s,
+        compute_units=compute_units,
+    )
+    longest = np.maximum(np.maximum(parts.full_s, parts.lone_s), parts.stream_s)
+    power = parameters.overlap_exponent
+    ratios = (parts.full_s / longest, parts.lone_s / longest, parts.stream_s / longest)
+    norm = ratios[0] ** power + ratios[1] ** power + ratios[2] ** power
+    return np.asarray(parameters.fixed_s + longest * norm ** (1.0 / power) + parts.around_s)
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """Terms of :func:`attention_formula_time_s`: tc, tl, tm and what stands around the kernel; shape (...,)."""
+
+    full_s: FloatArray
+    lone_s: FloatArray
+    stream_s: FloatArray
+    around_s: FloatArray
+
+
+def attention_parts(
+    parameters: AttentionParameters,
+    shapes: AttentionShapes,
+    *,
+    peak_flop_per_s: float,
+    memory_bytes_per_s: float,
+    compute_units: float,
+) -> AttentionParts:
+    """Terms of :func:`attention_formula_time_s`, which says what they are.
+
+    Parameters
+    ----------
+    parameters : AttentionParameters
+        The formula's numbers.
+    shapes : AttentionShapes
+        The calls, arrays that broadcast to (...,).
+    peak_flop_per_s, memory_bytes_per_s, compute_units : float
+        Figures of the device.
+
+    Returns
+    -------
+    AttentionParts
+        Arrays of shape (...,).
+    """
     tiles = np.ceil(shapes.sequence / TILE)
     all_tiles = shapes.batch * shapes.heads * tiles
     tile_flops = 4.0 * shapes.head_size * TILE**2
@@ -235,10 +283,7 @@ def attention_formula_time_s(
     stream_s = missed * shapes.operand_bytes / (MAIN_STREAM_FRACTION * memory_bytes_per_s)
     pass_bytes = ELEMENT_BYTES * tokens * shapes.head_size * (shapes.heads + 2.0 * shapes.kv_heads)
     around_s = parameters.token_s * tokens + parameters.extra_passes * missed * pass_bytes / memory_bytes_per_s
-    longest = np.maximum(np.maximum(full_s, lone_s), stream_s)
-    power = parameters.overlap_exponent
-    norm = (full_s / longest) ** power + (lone_s / longest) ** power + (stream_s / longest) ** power
-    return np.asarray(parameters.fixed_s + longest * norm ** (1.0 / power) + around_s)
+    return AttentionParts(*(np.asarray(part) for part in (full_s, lone_s, stream_s, around_s)))
 
 
 def attention_coordinates(shapes: AttentionShapes) -> dict[str, FloatArray]:
@@ -343,14 +388,33 @@ def attention_time_s(surface: AttentionTimeSurface, shapes: AttentionShapes) -> 
         memory_bytes_per_s=surface.memory_bytes_per_s,
         compute_units=surface.compute_units,
     )
-    coordinates = attention_coordinates(shapes)
-    residual = np.zeros_like(time_s)
-    for grid in surface.grids:
-        corners = grid_corners(grid.knots, list(np.broadcast_arrays(*(coordinates[axis] for axis in grid.axes))))
-        residual = residual + np.sum(grid.values.ravel()[corners.index] * corners.weight, axis=-1)
+    residual = attention_residual(surface, shapes)
     moved = shapes.operand_bytes - surface.parameters.cache_bytes
     floor_s = np.maximum(shapes.flops / surface.peak_flop_per_s, moved / surface.memory_bytes_per_s)
     return np.asarray(np.maximum(time_s * np.exp(residual), floor_s))
+
+
+def attention_residual(surface: AttentionTimeSurface, shapes: AttentionShapes) -> FloatArray:
+    """Sum of the residual grids at some calls: log of the time over the formula's.
+
+    Parameters
+    ----------
+    surface : AttentionTimeSurface
+        The device's numbers.
+    shapes : AttentionShapes
+        The calls, arrays that broadcast to (...,).
+
+    Returns
+    -------
+    ndarray of shape (...,)
+        Values.
+    """
+    coordinates = attention_coordinates(shapes)
+    residual: FloatArray = np.zeros(np.broadcast_shapes(*(np.shape(value) for value in coordinates.values())))
+    for grid in surface.grids:
+        corners = grid_corners(grid.knots, list(np.broadcast_arrays(*(coordinates[axis] for axis in grid.axes))))
+        residual = residual + np.sum(grid.values.ravel()[corners.index] * corners.weight, axis=-1)
+    return residual
 
 
 def attention_half_widths(surface: AttentionTimeSurface, time_s: FloatArray) -> FloatArray:

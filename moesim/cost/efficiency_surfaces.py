@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.cost.fitted_surfaces import NO_SURFACES, FittedSurfaces
 from moesim.describe.hardware import Device, Stack
 from moesim.structure.columns import FloatArray
 
@@ -23,8 +24,9 @@ ROW_GRANULARITY = 16.0
 class DeviceRates:
     """Rates of one device under one stack, SI; built once per estimate.
 
-    ``peak`` by precision is the datasheet's; ``gemm`` and ``attention`` fractions include the sustained clock and
-    stack.
+    ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at
+    ``clock_in_step`` of the clock they were measured at and at ``gemm_in_step``, which is that times what a stack
+    reaches in a step of a GEMM's rate alone; else ``gemm`` and ``attention`` fractions do, which include both.
     """
 
     peak: dict[str, float]
@@ -37,11 +39,23 @@ class DeviceRates:
     traffic_fraction: float
     traffic_fixed_s: float
     compute_units: float
+    gemm_in_step: float = 1.0
+    clock_in_step: float = 1.0
+    surfaces: FittedSurfaces = NO_SURFACES
+
+    @property
+    def gemm_launch_s(self) -> float:
+        """Fixed time of one GEMM kernel."""
+        return self.surfaces.gemm.core.launch_s if self.surfaces.gemm else self.gemm_fixed_s
 
     def peak_for(self, precision: str) -> float:
-        """Peak FLOP/s of a precision; one the device lacks runs at its fp32 rate, else at its slowest."""
-        if precision in self.peak:
-            return self.peak[precision]
+        """Peak FLOP/s of a precision; one the device lacks runs at its fp32 rate, else at its slowest.
+
+        Where a device has only one of the 16-bit formats, it serves for the other.
+        """
+        for format_ in (precision, {"bf16": "fp16", "fp16": "bf16"}.get(precision)):
+            if format_ in self.peak:
+                return self.peak[format_]
         return self.peak.get("fp32", min(self.peak.values()))
 
     @property
@@ -54,7 +68,7 @@ class DeviceRates:
         return 2.0 * self.compute_units * MINIMUM_TILE_CELLS / (peak * self.gemm_fraction)
 
 
-def device_rates(device: Device, stack: Stack | None = None) -> DeviceRates:
+def device_rates(device: Device, stack: Stack | None = None, *, surfaces: FittedSurfaces | None = None) -> DeviceRates:
     """Gather a device's figures; a stack scales the GEMM rate, without one the device alone is meant."""
     clock = device.sustained_clock_fraction.value
     gemm, memory = device.kernels.gemm, device.kernels.memory_bound
@@ -70,6 +84,9 @@ def device_rates(device: Device, stack: Stack | None = None) -> DeviceRates:
         traffic_fraction=memory.memory_fraction.value,
         traffic_fixed_s=memory.fixed_time.value,
         compute_units=device.compute_units.value,
+        gemm_in_step=in_step * clock,
+        clock_in_step=clock,
+        surfaces=surfaces or NO_SURFACES,
     )
 
 

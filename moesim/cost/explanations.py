@@ -6,11 +6,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.cost.attention_surface import AttentionShapes, AttentionTimeSurface, attention_parts, attention_residual
 from moesim.cost.collectives import collective_time
-from moesim.cost.efficiency_surfaces import OVERLAP_EXPONENT, ROW_GRANULARITY
+from moesim.cost.efficiency_surfaces import OVERLAP_EXPONENT, ROW_GRANULARITY, DeviceRates
+from moesim.cost.gemm_surface import GemmSurface, are_same_figures, core_parts, grid_value
+from moesim.cost.kernel_times import (
+    attention_shapes,
+    attention_surface_in_step,
+    extra_output_bytes,
+    forward_calls,
+    gemm_machine,
+    gemm_surface_in_step,
+    moe_machine,
+    moe_parameters_in_step,
+    output_rate,
+)
+from moesim.cost.moe_surface import MoeTimeSurface, grouped_gemm_parts
 from moesim.cost.operators import Hardware
+from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import AttentionCore, Collective, Gemm, MemoryTraffic, Operation
 
+SURFACE_GEMM_FORMULA = (
+    "launch + (compute^p + memory^p + latency^p + l2^p)^(1/p) + joining of splits, times residual and misalignment, "
+    "plus output traffic beyond one 16-bit write"
+)
+GROUPED_GEMM_FORMULA = (
+    "launch + (compute^p + memory^p + latency^p)^(1/p) + start of waves, plus output traffic beyond one 16-bit write"
+)
+SURFACE_ATTENTION_FORMULA = (
+    "(fixed + (all tiles^p + longest row^p + memory^p)^(1/p) + around the kernel) residual, a causal forward call, "
+    "times products over forward's and pairs over causal ones"
+)
 GEMM_FORMULA = (
     "t0 + (compute^p + memory^p)^(1/p); compute = max(2 groups rows columns / (peak fraction), smallest tile) "
     "(inner + prologue), memory = bytes / (bandwidth fraction)"
@@ -56,7 +82,69 @@ def _norm(fixed: str, compute: str, memory: str) -> str:
 
 
 def _gemm(work: Gemm, hardware: Hardware) -> Explanation:
-    rates = hardware.device
+    surfaces = hardware.device.surfaces
+    if work.is_ragged and surfaces.moe is not None:
+        return _grouped_gemm(work, hardware.device, surfaces.moe)
+    if surfaces.gemm is not None:
+        return _surface_gemm(work, hardware.device, surfaces.gemm)
+    return _four_constant_gemm(work, hardware.device)
+
+
+def _first(*values: FloatArray) -> tuple[FloatArray, ...]:
+    return tuple(np.asarray(np.ravel(value)[0]) for value in values)
+
+
+def _surface_gemm(work: Gemm, rates: DeviceRates, surface: GemmSurface) -> Explanation:
+    rows, columns, inner, groups = _first(work.rows, work.columns, work.inner, work.groups)
+    machine = gemm_machine(rates, surface, work.precision)
+    sizes = (np.maximum(rows, 1.0), np.maximum(columns, 1.0), np.maximum(inner, 1.0))
+    core = gemm_surface_in_step(surface, rates).core
+    parts = core_parts(core, machine, sizes, groups=groups, operand_bytes=work.input_bytes)
+    terms = (parts.compute_s, parts.memory_s, parts.latency_s, parts.l2_s)
+    norm = _power_norm(terms, surface.core.overlap_exponent)
+    residual = grid_value(surface.grid, *sizes) if are_same_figures(machine, surface.machine) else 0.0
+    factor = float(np.exp(residual) * surface.misalignment(columns, inner))
+    kernel = f"({surface.core.launch_s:.15g} + {norm} + {parts.joining_s:.15g}) * {factor:.15g}"
+    floor = f"{_flops(work)} / {machine.peak_flop_rate:.15g}"
+    words = f"{SURFACE_GEMM_FORMULA} [tile {parts.tile[0]} x {parts.tile[1]}, split {parts.split}]"
+    text = (
+        f"max(max({kernel}, {floor}) + {_more_bytes(work)} / {output_rate(work, rates):.15g}, {_at_peak(work, rates)})"
+    )
+    return Explanation(words, text)
+
+
+def _grouped_gemm(work: Gemm, rates: DeviceRates, surface: MoeTimeSurface) -> Explanation:
+    rows, columns, inner, groups = _first(work.rows, work.columns, work.inner, work.groups)
+    numbers, machine = moe_parameters_in_step(surface, rates), moe_machine(rates, surface, work.precision)
+    shape = (rows, columns, inner)
+    parts = grouped_gemm_parts(numbers, machine, shape, groups=groups, operand_bytes=work.input_bytes)
+    norm = _power_norm((parts.compute_s, parts.stream_s, parts.latency_s), numbers.overlap_exponent)
+    kernel = f"{rates.gemm_launch_s:.15g} + {norm} + {parts.waves_s:.15g}"
+    words = f"{GROUPED_GEMM_FORMULA} [{float(groups):g} groups, tile {parts.tile[0]} x {parts.tile[1]}]"
+    return Explanation(
+        words, f"max({kernel} + {_more_bytes(work)} / {output_rate(work, rates):.15g}, {_at_peak(work, rates)})"
+    )
+
+
+def _power_norm(terms: tuple[float, ...], power: float) -> str:
+    return "(" + " + ".join(f"{term:.15g}**{power:.15g}" for term in terms) + f")**(1/{power:.15g})"
+
+
+def _flops(work: Gemm) -> str:
+    extents = _first(work.groups, work.rows, work.columns, work.inner)
+    return "2 * " + " * ".join(f"{float(extent):.15g}" for extent in extents)
+
+
+def _at_peak(work: Gemm, rates: DeviceRates) -> str:
+    return f"{_flops(work)} / {rates.peak_for(work.precision):.15g}"
+
+
+def _more_bytes(work: Gemm) -> str:
+    extents = _first(work.groups, work.rows, work.columns)
+    return " * ".join(f"{float(extent):.15g}" for extent in extents) + f" * {extra_output_bytes(work):g}"
+
+
+def _four_constant_gemm(work: Gemm, rates: DeviceRates) -> Explanation:
     rows, columns, inner, groups = (float(np.ravel(x)[0]) for x in (work.rows, work.columns, work.inner, work.groups))
     padded = float(np.ceil(rows / ROW_GRANULARITY - 1e-9) * ROW_GRANULARITY) if groups > 1 else rows
     peak = f"({rates.peak_for(work.precision):.12g} * {rates.gemm_fraction:.12g})"
@@ -71,8 +159,32 @@ def _gemm(work: Gemm, hardware: Hardware) -> Explanation:
     return Explanation(GEMM_FORMULA, _norm(f"{rates.gemm_fixed_s:.12g}", compute, memory))
 
 
+def _surface_attention(work: AttentionCore, rates: DeviceRates, surface: AttentionTimeSurface) -> Explanation:
+    at_device = attention_surface_in_step(surface, rates, work.precision)
+    every = attention_shapes(work)
+    shapes = AttentionShapes(*_first(every.batch, every.sequence, every.heads, every.kv_heads, every.head_size))
+    numbers = at_device.parameters
+    parts = attention_parts(
+        numbers,
+        shapes,
+        peak_flop_per_s=at_device.peak_flop_per_s,
+        memory_bytes_per_s=at_device.memory_bytes_per_s,
+        compute_units=at_device.compute_units,
+    )
+    terms = (float(parts.full_s), float(parts.lone_s), float(parts.stream_s))
+    norm = _power_norm(terms, numbers.overlap_exponent)
+    residual = float(np.exp(attention_residual(at_device, shapes)))
+    moved = max(float(shapes.operand_bytes) - numbers.cache_bytes, 0.0)
+    kernel = f"({numbers.fixed_s:.15g} + {norm} + {float(parts.around_s):.15g}) * {residual:.15g}"
+    at_peak = f"{float(shapes.flops):.15g} / {at_device.peak_flop_per_s:.15g}"
+    floors = f"{at_peak}, {moved:.15g} / {at_device.memory_bytes_per_s:.15g}"
+    return Explanation(SURFACE_ATTENTION_FORMULA, f"max({kernel}, {floors}) * {forward_calls(work):.15g}")
+
+
 def _attention(work: AttentionCore, hardware: Hardware, kernels: int) -> Explanation:
     rates = hardware.device
+    if rates.surfaces.attention is not None and work.prefill is not None:
+        return _surface_attention(work, rates, rates.surfaces.attention)
     pairs, heads, elements = (float(np.ravel(x)[0]) for x in (work.pairs, work.heads, work.io_elements))
     flops = f"2 * {pairs:.12g} * {heads:.12g} * {work.matmul_width:.12g} * {work.visible_fraction:g}"
     compute = f"{flops} / ({rates.peak_for(work.precision):.12g} * {rates.attention_fraction:.12g})"

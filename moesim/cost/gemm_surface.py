@@ -22,6 +22,8 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 CHUNK = 64
 """Length of k one iteration of the main loop covers; also the alignment of n and k."""
 ELEMENT_BYTES = 2.0
+FEW_SIZES = 1024
+"""Sizes up to which all tiles are tried at once: many calls on small arrays would cost more than the arithmetic."""
 FIGURE_TOLERANCE = 1e-3
 """Relative difference up to which figures of two machines count as the same."""
 
@@ -131,22 +133,34 @@ class GemmSurface:
     misaligned_spread: Spread
 
     def time_s(
-        self, m: npt.ArrayLike, n: npt.ArrayLike, k: npt.ArrayLike, machine: GemmMachine | None = None
+        self,
+        m: npt.ArrayLike,
+        n: npt.ArrayLike,
+        k: npt.ArrayLike,
+        machine: GemmMachine | None = None,
+        *,
+        groups: npt.ArrayLike = 1.0,
+        operand_bytes: float = ELEMENT_BYTES,
     ) -> FloatArray:
-        """Time of A[m, k] W[n, k]^T.
+        """Time of ``groups`` products A[m, k] W[n, k]^T in one kernel.
 
         Parameters
         ----------
         m, n, k : array_like
-            Sizes, of shapes that broadcast. A size of 0 is no work and takes no time; m below 1 counts as 1.
+            Sizes of one product, of shapes that broadcast. A size of 0 is no work and takes no time; m below 1 counts
+            as 1.
         machine : GemmMachine, optional
             Figures at another precision. Where peak, bandwidth or units differ from the surface's, the formula alone
             answers: the grid was fitted for one machine.
+        groups : array_like, optional
+            Products of a batched kernel; the tables have 1 only.
+        operand_bytes : float, optional
+            Bytes of an element of A and W.
 
         Returns
         -------
         ndarray
-            Seconds, of the shape the sizes broadcast to. Never below 2 m n k / peak.
+            Seconds, of the shape the sizes broadcast to. Never below 2 groups m n k / peak.
 
         Notes
         -----
@@ -154,14 +168,20 @@ class GemmSurface:
         under the constraint that it falls nowhere faster than the formula rises.
         """
         used = machine or self.machine
-        rows, columns, inner = np.broadcast_arrays(*(np.asarray(size, dtype=np.float64) for size in (m, n, k)))
-        sizes = tuple(np.maximum(size, 1.0) for size in (rows, columns, inner))
-        time_s = core_time_s(self.core, used, *sizes)
+        sizes = (np.asarray(size, dtype=np.float64) for size in (m, n, k, groups))
+        rows, columns, inner, products = np.broadcast_arrays(*sizes)
+        one = tuple(np.maximum(size, 1.0) for size in (rows, columns, inner))
+        time_s = core_time_s(self.core, used, *one, groups=products, operand_bytes=operand_bytes)
         if are_same_figures(used, self.machine):
-            time_s = time_s * np.exp(grid_value(self.grid, *sizes))
-        time_s = time_s * np.where(columns % CHUNK, self.penalty_n, 1.0) * np.where(inner % CHUNK, self.penalty_k, 1.0)
-        flops = 2.0 * rows * columns * inner
+            time_s = time_s * np.exp(grid_value(self.grid, *one))
+        time_s = time_s * self.misalignment(columns, inner)
+        flops = 2.0 * products * rows * columns * inner
         return np.asarray(np.maximum(time_s, flops / used.peak_flop_rate) * (flops > 0))
+
+    def misalignment(self, n: npt.ArrayLike, k: npt.ArrayLike) -> FloatArray:
+        """Penalty >= 1 on the time where n or k is no multiple of 64."""
+        penalty_n = np.where(np.mod(n, CHUNK) != 0, self.penalty_n, 1.0)
+        return np.asarray(penalty_n * np.where(np.mod(k, CHUNK) != 0, self.penalty_k, 1.0))
 
     def half_width(self, time_s: npt.ArrayLike, is_aligned: npt.ArrayLike = True) -> FloatArray:
         """Half width of the interval: the measured time lies in ``time_s`` × exp(± half width)."""
@@ -231,8 +251,17 @@ def gemm_surface_from_json(data: Mapping[str, Any]) -> GemmSurface:
     )
 
 
-def core_time_s(core: GemmCore, machine: GemmMachine, m: FloatArray, n: FloatArray, k: FloatArray) -> FloatArray:
-    """Time of A[m, k] W[n, k]^T by the formula alone.
+def core_time_s(
+    core: GemmCore,
+    machine: GemmMachine,
+    m: FloatArray,
+    n: FloatArray,
+    k: FloatArray,
+    *,
+    groups: FloatArray | float = 1.0,
+    operand_bytes: float = ELEMENT_BYTES,
+) -> FloatArray:
+    """Time of ``groups`` products A[m, k] W[n, k]^T by the formula alone.
 
     Parameters
     ----------
@@ -242,6 +271,10 @@ def core_time_s(core: GemmCore, machine: GemmMachine, m: FloatArray, n: FloatArr
         Datasheet figures: peak P, bandwidth B, S compute units.
     m, n, k : ndarray
         Sizes of one shape, >= 1.
+    groups : ndarray or float, optional
+        Products of one batched kernel, g below.
+    operand_bytes : float, optional
+        Bytes of an element of A and W; results have 2.
 
     Returns
     -------
@@ -252,45 +285,175 @@ def core_time_s(core: GemmCore, machine: GemmMachine, m: FloatArray, n: FloatArr
     -----
     The least over tiles (a, b) and splits s of the main loop of
 
-    t = launch + (compute^p + memory^p + latency^p + l2^p)^(1/p) + [s > 1] (split + 2 m n s / B),
-    tiles = soft(m / a) soft(n / b);  waves = soft(tiles s / S);  chunks = max(k / (64 s), 1)
+    t = launch + (compute^p + memory^p + latency^p + l2^p)^(1/p) + [s > 1] (split + 2 g m n s / B),
+    tiles = g soft(m / a) soft(n / b);  waves = soft(tiles s / S);  chunks = max(k / (64 s), 1)
     compute = waves (64 chunks + prologue) 2 a b S / (P compute_fraction)
     latency = chunks chunk_latency;  l2 = 2 tiles k (a + b) / (B l2_ratio)
     memory = (weights f(weights) + activations f(activations)) / (B memory_fraction).
 
     soft(x) lies between ceil(x) (softness 0) and max(x, 1) (softness 1); f rises from the cached share to 1 as the
     operands outgrow the L2 cache: the tables' bench rotated weights and reused activations. No term falls as m, n or
-    k grows and the candidates do not depend on them, so neither does the time.
+    k grows and the candidates do not depend on them, so neither does the time. Groups fill waves together.
     """
-    best = np.full(np.shape(m), math.inf)
-    for times_s in candidate_times_s(core, machine, m, n, k):
-        best = np.minimum(best, times_s.min(axis=0))
-    return best
+    common, joining = _split_terms(core, machine, (m, n, k), groups, operand_bytes)
+    least = np.full(np.shape(common), math.inf)
+    at_once = len(TILES) if np.size(m) <= FEW_SIZES else 1
+    for start in range(0, len(TILES), at_once):  # the least before the root, which is the same for all tiles
+        terms = _tile_terms(core, machine, (m, n, k), groups, TILES[start : start + at_once])
+        least = np.minimum(least, terms.min(axis=0))
+    times_s = core.launch_s + (least + common) ** (1.0 / core.overlap_exponent) + joining
+    return np.asarray(times_s.min(axis=0))
 
 
 def candidate_times_s(
-    core: GemmCore, machine: GemmMachine, m: FloatArray, n: FloatArray, k: FloatArray
+    core: GemmCore,
+    machine: GemmMachine,
+    m: FloatArray,
+    n: FloatArray,
+    k: FloatArray,
+    *,
+    groups: FloatArray | float = 1.0,
+    operand_bytes: float = ELEMENT_BYTES,
 ) -> Iterator[FloatArray]:
     """Times of one tile after another, each of shape (n_splits, ...); :func:`core_time_s` is the least of them."""
-    p = core.overlap_exponent
-    memory_term = _memory_time_s(core, machine, m, n, k) ** p
-    splits = np.array(SPLITS, dtype=np.float64).reshape(-1, *(1,) * np.ndim(m))
-    chunks = np.maximum(k / (CHUNK * splits), 1.0)
-    loop_length = CHUNK * chunks + core.prologue_length
-    latency_term = (core.chunk_latency_s * chunks) ** p
-    joining = (splits > 1) * (core.split_s + ELEMENT_BYTES * m * n * splits / machine.memory_bandwidth)
-    for tile_m, tile_n in TILES:
-        tiles = _soft_ceil(m / tile_m, core.tile_softness) * _soft_ceil(n / tile_n, core.tile_softness)
-        waves = _soft_ceil(tiles * splits / machine.compute_units, core.wave_softness)
-        rate = machine.peak_flop_rate * core.compute_fraction / (2.0 * tile_m * tile_n * machine.compute_units)
-        l2_bytes = ELEMENT_BYTES * tiles * k * (tile_m + tile_n)
-        l2_term = (l2_bytes / (machine.memory_bandwidth * core.l2_ratio)) ** p
-        overlapped = ((waves * loop_length / rate) ** p + latency_term + (memory_term + l2_term)) ** (1.0 / p)
-        yield core.launch_s + overlapped + joining
+    common, joining = _split_terms(core, machine, (m, n, k), groups, operand_bytes)
+    for tile in TILES:
+        (term,) = _tile_terms(core, machine, (m, n, k), groups, (tile,))
+        yield core.launch_s + (term + common) ** (1.0 / core.overlap_exponent) + joining
 
 
-def _memory_time_s(core: GemmCore, machine: GemmMachine, m: FloatArray, n: FloatArray, k: FloatArray) -> FloatArray:
-    weights, activations = ELEMENT_BYTES * n * k, ELEMENT_BYTES * m * (n + k)
+Extents = tuple[FloatArray, FloatArray, FloatArray]
+Tiles = Sequence[tuple[int, int]]
+
+
+def _splits(m: FloatArray) -> FloatArray:
+    """Splits along a new first axis."""
+    return np.array(SPLITS, dtype=np.float64).reshape(-1, *(1,) * np.ndim(m))
+
+
+def _split_terms(
+    core: GemmCore, machine: GemmMachine, sizes: Extents, groups: FloatArray | float, operand_bytes: float
+) -> tuple[FloatArray, FloatArray]:
+    """latency^p + memory^p and the time of joining, which depend on the split alone; shape (n_splits, ...)."""
+    m, n, k = sizes
+    splits, p = _splits(m), core.overlap_exponent
+    latency_s = core.chunk_latency_s * np.maximum(k / (CHUNK * splits), 1.0)
+    joined = ELEMENT_BYTES * (groups * m * n) * splits
+    joining = (splits > 1) * (core.split_s + joined / machine.memory_bandwidth)
+    return latency_s**p + memory_time_s(core, machine, sizes, groups, operand_bytes) ** p, joining
+
+
+def _tile_terms(
+    core: GemmCore, machine: GemmMachine, sizes: Extents, groups: FloatArray | float, tiles: Tiles
+) -> FloatArray:
+    """compute^p + l2^p of some tiles, of shape (n_tiles, n_splits, ...)."""
+    compute_s, l2_s = _tile_times(core, machine, sizes, groups, tiles)
+    return np.asarray(compute_s**core.overlap_exponent + l2_s**core.overlap_exponent)
+
+
+def _tile_times(
+    core: GemmCore, machine: GemmMachine, sizes: Extents, groups: FloatArray | float, tiles: Tiles
+) -> tuple[FloatArray, FloatArray]:
+    """``compute``, of shape (n_tiles, n_splits, ...), and ``l2``, (n_tiles, 1, ...), of some tiles."""
+    m, n, k = sizes
+    splits = _splits(m)
+    tile_m, tile_n = np.array(tiles, dtype=np.float64).T.reshape(2, -1, *(1,) * splits.ndim)
+    number = groups * _soft_ceil(m / tile_m, core.tile_softness) * _soft_ceil(n / tile_n, core.tile_softness)
+    waves = _soft_ceil(number * splits / machine.compute_units, core.wave_softness)
+    rate = machine.peak_flop_rate * core.compute_fraction / (2.0 * tile_m * tile_n * machine.compute_units)
+    loop_length = CHUNK * np.maximum(k / (CHUNK * splits), 1.0) + core.prologue_length
+    l2_bytes = ELEMENT_BYTES * number * k * (tile_m + tile_n)
+    return waves * loop_length / rate, np.asarray(l2_bytes / (machine.memory_bandwidth * core.l2_ratio))
+
+
+@dataclass(frozen=True)
+class CoreParts:
+    """Terms of the best tile and split of one product or batch: what :func:`core_time_s` is made of, scalars."""
+
+    tile: tuple[int, int]
+    split: int
+    compute_s: float
+    memory_s: float
+    latency_s: float
+    l2_s: float
+    joining_s: float
+
+
+def core_parts(
+    core: GemmCore,
+    machine: GemmMachine,
+    sizes: Extents,
+    *,
+    groups: FloatArray | float = 1.0,
+    operand_bytes: float = ELEMENT_BYTES,
+) -> CoreParts:
+    """Take :func:`core_time_s` apart for one case.
+
+    Parameters
+    ----------
+    core : GemmCore
+        Fitted constants.
+    machine : GemmMachine
+        Datasheet figures.
+    sizes : tuple of ndarray
+        Sizes m, n and k of one case, shape ().
+    groups : ndarray or float, optional
+        Products of one batched kernel.
+    operand_bytes : float, optional
+        Bytes of an element of A and W.
+
+    Returns
+    -------
+    CoreParts
+        Terms of the candidate with the least time.
+    """
+    m, n, k = sizes
+    times = np.stack(list(candidate_times_s(core, machine, m, n, k, groups=groups, operand_bytes=operand_bytes)))
+    tile_index, split_index = (int(at) for at in np.unravel_index(np.argmin(times), times.shape))
+    split = SPLITS[split_index]
+    compute_s, l2_s = _tile_times(core, machine, sizes, groups, (TILES[tile_index],))
+    _, joining = _split_terms(core, machine, sizes, groups, operand_bytes)
+    return CoreParts(
+        tile=TILES[tile_index],
+        split=split,
+        compute_s=float(compute_s[0, split_index]),
+        memory_s=float(memory_time_s(core, machine, sizes, groups, operand_bytes)),
+        latency_s=core.chunk_latency_s * max(float(k) / (CHUNK * split), 1.0),
+        l2_s=float(l2_s[0, 0]),
+        joining_s=float(joining[split_index]),
+    )
+
+
+def memory_time_s(
+    core: GemmCore,
+    machine: GemmMachine,
+    sizes: Extents,
+    groups: FloatArray | float = 1.0,
+    operand_bytes: float = ELEMENT_BYTES,
+) -> FloatArray:
+    """Time of the traffic to memory that the L2 cache does not save: the formula's ``memory``.
+
+    Parameters
+    ----------
+    core : GemmCore
+        Fitted constants.
+    machine : GemmMachine
+        Datasheet figures.
+    sizes : tuple of ndarray
+        Sizes m, n and k, of one shape.
+    groups : ndarray or float, optional
+        Products of one batched kernel.
+    operand_bytes : float, optional
+        Bytes of an element of A and W.
+
+    Returns
+    -------
+    ndarray
+        Seconds, of the sizes' shape.
+    """
+    m, n, k = sizes
+    weights = operand_bytes * groups * n * k
+    activations = groups * m * (ELEMENT_BYTES * n + operand_bytes * k)
     fill = (weights + activations) / (machine.l2_cache_bytes * core.cache_start)
     missed = np.clip((fill - 1.0) / core.cache_width, 0.0, 1.0)
     shares = [cached + (1.0 - cached) * missed for cached in (core.cached_weights, core.cached_activations)]
@@ -319,7 +482,11 @@ def grid_value(grid: ResidualGrid, m: FloatArray, n: FloatArray, k: FloatArray) 
         Value of the grid, of the sizes' shape.
     """
     corners, weights = grid_corners(grid.knots, m, n, k)
-    return np.asarray((weights * grid.log_ratio.ravel()[corners]).sum(axis=0))
+    values = grid.log_ratio.ravel()
+    total = np.zeros(np.shape(m))
+    for corner, weight in zip(corners, weights, strict=True):  # one order of adding, however many sizes there are
+        total = total + weight * values[corner]
+    return np.asarray(total)
 
 
 def grid_corners(

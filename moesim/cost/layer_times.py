@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moesim.cost.operators import Hardware, OperationCost, price
+from moesim.cost.operators import Hardware, OperationCost, price_all
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import Operation, OperationTable
 
@@ -62,8 +62,7 @@ def _add(totals: dict[str, FloatArray], key: str, value: FloatArray) -> None:
 def price_table(table: OperationTable, hardware: Hardware) -> PricedTable:
     """Price every operation of a table once per case."""
     priced = PricedTable(table.name, PhaseTimes(), PhaseTimes(), PhaseTimes())
-    for operation in table.operations:
-        cost = price(operation, hardware)
+    for operation, cost in zip(table.operations, price_all(table.operations, hardware), strict=True):
         phase = priced.forward if operation.phase == "forward" else priced.backward
         phase.add(operation, cost)
         if operation.is_recomputed_selectively:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -25,6 +26,10 @@ CHUNK = 64
 ELEMENT_BYTES = 2.0
 ROUTER_KERNEL_EXPERTS = 128
 """Experts up to which the router's own kernel serves; above, general softmax and top-k kernels do."""
+CEILING_SLACK = 1e-9
+Shares = tuple[FloatArray | float, FloatArray | float]
+UNCACHED: Shares = (1.0, 1.0)
+"""Shares of weights and of rows that memory serves where nothing is found in the cache."""
 
 
 @dataclass(frozen=True)
@@ -233,32 +238,164 @@ def _grouped_gemm_s(
     machine: MoeMachine,
     load: RankLoad,
     sizes: tuple[FloatArray, FloatArray],
-    shares: tuple[FloatArray, FloatArray],
+    shares: Shares,
+    *,
+    operand_bytes: float = ELEMENT_BYTES,
 ) -> FloatArray:
-    """Time of one grouped GEMM of ``sizes`` (columns, inner); ``shares`` of weights and rows come from memory."""
-    columns, inner = sizes
-    power, units = parameters.overlap_exponent, machine.compute_units
-    stream = machine.memory_bytes_per_s * parameters.memory_fraction
-    slab = ELEMENT_BYTES * columns * inner
-    row_reads = load.row_tiles[..., TILE_ROWS.index(STREAMED_ROWS)]
-    row_reads = np.minimum(row_reads, np.sqrt(row_reads * parameters.shared_tiles))
-    row_reads = row_reads * np.minimum(np.ceil(columns / STREAMED_COLUMNS) / units, 1.0)
-    again = np.maximum(row_reads - load.active_experts, 0.0)
-    weights = shares[0] * load.active_experts + again * _cyclic_miss(slab / parameters.slab_bytes)
-    stream_s = (weights * slab + shares[1] * ELEMENT_BYTES * load.slots * (columns + inner)) / stream
-    other = stream_s**power + (parameters.chunk_s * inner / CHUNK) ** power
-    padded = np.ceil(inner / CHUNK) * CHUNK
+    """``G`` of :func:`moe_formula_time_s` for ``sizes`` (columns, inner)."""
+    power, (columns, inner) = parameters.overlap_exponent, sizes
+    common = _stream_s(parameters, machine, load, sizes, shares, operand_bytes=operand_bytes) ** power
+    common = common + (parameters.chunk_s * inner / CHUNK) ** power
     best = np.asarray(np.inf)
-    for position, tile_rows in enumerate(TILE_ROWS):
-        for tile_columns in TILE_COLUMNS:
-            if tile_rows * tile_columns > LARGEST_TILE:
-                continue
-            waves = np.ceil(load.row_tiles[..., position] * np.ceil(columns / tile_columns) / units)
-            small = 1.0 + parameters.small_tile_cost * (1.0 / tile_rows + 1.0 / tile_columns)
-            rate = machine.peak_flop_per_s * parameters.compute_fraction / (2.0 * tile_rows * tile_columns * units)
-            compute_s = waves * padded * small / rate
-            best = np.minimum(best, (compute_s**power + other) ** (1.0 / power) + parameters.wave_s * waves)
+    for tile in _tiles():
+        compute_s, waves = _tile_times(parameters, machine, load, columns, inner, tile)
+        best = np.minimum(best, (compute_s**power + common) ** (1.0 / power) + parameters.wave_s * waves)
     return best
+
+
+def _tiles() -> list[tuple[int, int]]:
+    """Output tiles to choose from, as positions in ``TILE_ROWS`` and columns."""
+    every = itertools.product(range(len(TILE_ROWS)), TILE_COLUMNS)
+    return [(position, columns) for position, columns in every if TILE_ROWS[position] * columns <= LARGEST_TILE]
+
+
+def _stream_s(
+    parameters: MoeParameters,
+    machine: MoeMachine,
+    load: RankLoad,
+    sizes: tuple[FloatArray, FloatArray],
+    shares: Shares,
+    *,
+    operand_bytes: float,
+) -> FloatArray:
+    """``tm``; ``shares`` of weights and of rows come from memory."""
+    columns, inner = sizes
+    missed, rows_share = shares
+    reads = load.row_tiles[..., TILE_ROWS.index(STREAMED_ROWS)]
+    reads = np.minimum(reads, np.sqrt(reads * parameters.shared_tiles))
+    reads = reads * np.minimum(np.ceil(columns / STREAMED_COLUMNS) / machine.compute_units, 1.0)
+    slab_bytes = operand_bytes * columns * inner
+    again = np.maximum(reads - load.active_experts, 0.0) * _cyclic_miss(slab_bytes / parameters.slab_bytes)
+    rows_bytes = load.slots * (operand_bytes * inner + ELEMENT_BYTES * columns)
+    num_bytes = (missed * load.active_experts + again) * slab_bytes + rows_share * rows_bytes
+    return np.asarray(num_bytes / (machine.memory_bytes_per_s * parameters.memory_fraction))
+
+
+def _tile_times(
+    parameters: MoeParameters,
+    machine: MoeMachine,
+    load: RankLoad,
+    columns: FloatArray,
+    inner: FloatArray,
+    tile: tuple[int, int],
+) -> tuple[FloatArray, FloatArray]:
+    """``tc`` and ``W`` of a tile."""
+    (position, tile_columns), units = tile, machine.compute_units
+    tile_rows = TILE_ROWS[position]
+    waves = np.ceil(load.row_tiles[..., position] * np.ceil(columns / tile_columns) / units)
+    small = 1.0 + parameters.small_tile_cost * (1.0 / tile_rows + 1.0 / tile_columns)
+    rate = machine.peak_flop_per_s * parameters.compute_fraction / (2.0 * tile_rows * tile_columns * units)
+    return waves * (np.ceil(inner / CHUNK) * CHUNK) * small / rate, waves
+
+
+def grouped_gemm_time_s(
+    parameters: MoeParameters,
+    machine: MoeMachine,
+    shape: tuple[FloatArray, FloatArray, FloatArray],
+    *,
+    groups: FloatArray,
+    operand_bytes: float = ELEMENT_BYTES,
+) -> FloatArray:
+    """Time of the grouped GEMM alone: ``G`` of :func:`moe_formula_time_s` with equal groups.
+
+    Parameters
+    ----------
+    parameters : MoeParameters
+        The formula's numbers.
+    machine : MoeMachine
+        Peak P at the precision, bandwidth B and compute units S.
+    shape : tuple of ndarray
+        Rows of one group, columns N and inner length K, arrays that broadcast to (...,).
+    groups : ndarray
+        Experts; each pads its rows to whole tiles and has its weights read.
+    operand_bytes : float, optional
+        Bytes of an element of rows and weights; results have 2.
+
+    Returns
+    -------
+    ndarray of shape (...,)
+        Seconds without launch, routing and permutation.
+
+    Notes
+    -----
+    The numbers come from whole fused layers, of which these products are 30 to 98 % of the time (10th to 90th
+    percentile, more than 64 tokens per expert). Without the residual grids, which depend on the layer, that whole is
+    off by 5-6 / 14-17 % on held-out layers with more than 64 tokens per expert (median / 90th percentile; 4-5 / 11-14 %
+    with them; L40S 9 / 29 %). Two other forms were tried on the same rows of A100, H100 and B200 and are worse: the
+    dense GEMM surface with waves over all groups (10-29 / 22-42 %, mostly too fast) and the larger of the two (5-6 /
+    14-19 %; on B200 15 % too slow above 1,024 tokens per expert). Neither weights nor rows are found in the cache: in a
+    step other layers' data has passed meanwhile.
+    """
+    load = _even_load(shape[0], groups)
+    return _grouped_gemm_s(parameters, machine, load, shape[1:], UNCACHED, operand_bytes=operand_bytes)
+
+
+def _even_load(rows: FloatArray, groups: FloatArray) -> RankLoad:
+    tiles = np.stack([groups * np.ceil(rows / tile_rows - CEILING_SLACK) for tile_rows in TILE_ROWS], axis=-1)
+    return RankLoad(groups * rows, groups, tiles, np.zeros_like(rows))
+
+
+@dataclass(frozen=True)
+class GroupedGemmParts:
+    """Terms of the best tile of one grouped GEMM: tc, tm, tl and the waves' start-up, scalars."""
+
+    tile: tuple[int, int]
+    compute_s: float
+    stream_s: float
+    latency_s: float
+    waves_s: float
+
+
+def grouped_gemm_parts(
+    parameters: MoeParameters,
+    machine: MoeMachine,
+    shape: tuple[FloatArray, FloatArray, FloatArray],
+    *,
+    groups: FloatArray,
+    operand_bytes: float = ELEMENT_BYTES,
+) -> GroupedGemmParts:
+    """Take :func:`grouped_gemm_time_s` apart for one case.
+
+    Parameters
+    ----------
+    parameters : MoeParameters
+        The formula's numbers.
+    machine : MoeMachine
+        Figures of the device.
+    shape : tuple of ndarray
+        Rows, columns and inner length of one case, shape ().
+    groups : ndarray
+        Experts.
+    operand_bytes : float, optional
+        Bytes of an element of rows and weights.
+
+    Returns
+    -------
+    GroupedGemmParts
+        Terms of the tile with the least time.
+    """
+    rows, columns, inner = shape
+    load, power = _even_load(rows, groups), parameters.overlap_exponent
+    stream_s = float(_stream_s(parameters, machine, load, shape[1:], UNCACHED, operand_bytes=operand_bytes))
+    latency_s = float(parameters.chunk_s * inner / CHUNK)
+    found = []
+    for tile in _tiles():
+        compute_s, waves = (float(x) for x in _tile_times(parameters, machine, load, columns, inner, tile))
+        waves_s = parameters.wave_s * waves
+        time_s = (compute_s**power + stream_s**power + latency_s**power) ** (1.0 / power) + waves_s
+        found.append((time_s, (TILE_ROWS[tile[0]], tile[1]), compute_s, waves_s))
+    _, best_tile, compute_s, waves_s = min(found)
+    return GroupedGemmParts(best_tile, compute_s, stream_s, latency_s, waves_s)
 
 
 def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:

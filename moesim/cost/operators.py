@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
 import numpy as np
 
 from moesim.cost.collectives import FabricRates, collective_time
-from moesim.cost.efficiency_surfaces import (
-    ROW_GRANULARITY,
-    DeviceRates,
-    combined_time_s,
-)
+from moesim.cost.efficiency_surfaces import DeviceRates
+from moesim.cost.kernel_times import attention_core_s, gemm_bytes, gemm_times_s
 from moesim.structure.columns import FloatArray
-from moesim.structure.step_graph import AttentionCore, Collective, Gemm, MemoryTraffic, Operation
+from moesim.structure.step_graph import AttentionCore, Collective, Gemm, MemoryTraffic, Operation, Work
 
 
 @dataclass(frozen=True)
@@ -41,82 +39,91 @@ class Hardware:
 
 def price(operation: Operation, hardware: Hardware) -> OperationCost:
     """Price an operation at mean load and, where it grows with routed load, at that of the most loaded rank."""
-    time_s, ideal_s, flops = _work_cost(operation, hardware, None)
-    if operation.load_factor is None:
-        return OperationCost(time_s, time_s * 0.0, ideal_s, flops)
-    loaded_s, _, _ = _work_cost(operation, hardware, operation.load_factor)
-    return OperationCost(time_s, np.maximum(loaded_s - time_s, 0.0), ideal_s, flops)
+    return price_all([operation], hardware)[0]
+
+
+def price_all(operations: Sequence[Operation], hardware: Hardware) -> list[OperationCost]:
+    """Price operations as :func:`price`; GEMMs together, since the phases of layers repeat a few shapes."""
+    works = [(operation, work) for operation in operations for work in _works(operation)]
+    gemm_times = iter(gemm_times_s([work for _, work in works if isinstance(work, Gemm)], hardware.device))
+    costs = iter([_work_cost(work, operation.kernels, hardware, gemm_times) for operation, work in works])
+    priced = []
+    for operation in operations:
+        time_s, ideal_s, flops = next(costs)
+        loaded_s = time_s if operation.load_factor is None else next(costs)[0]
+        priced.append(OperationCost(time_s, np.maximum(loaded_s - time_s, 0.0), ideal_s, flops))
+    return priced
+
+
+def _works(operation: Operation) -> list[Work]:
+    """Work at mean load and, where there is a load factor, on the most loaded rank."""
+    work, load = operation.work, operation.load_factor
+    if load is None:
+        return [work]
+    match work:
+        case Gemm():
+            return [work, loaded_gemm(work, load)]
+        case MemoryTraffic() | Collective():
+            return [work, replace(work, num_bytes=work.num_bytes * load)]
+        case AttentionCore():
+            return [work, work]
+        case _:
+            assert_never(work)
+
+
+def loaded_gemm(work: Gemm, load: FloatArray) -> Gemm:
+    """A GEMM whose tokens are ``load`` times as many: rows, or the inner length of a weight gradient."""
+    if work.accumulates:
+        return replace(work, inner=work.inner * load)
+    return replace(work, rows=work.rows * load)
 
 
 def _work_cost(
-    operation: Operation, hardware: Hardware, load: FloatArray | None
+    work: Work, kernels: int, hardware: Hardware, gemm_times: Iterator[FloatArray]
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    match operation.work:
-        case Gemm() as work:
-            return gemm_cost(work, hardware.device, load)
-        case AttentionCore() as work:
-            return attention_cost(work, hardware.device, operation.kernels)
-        case MemoryTraffic() as work:
-            return traffic_cost(work, hardware.device, operation.kernels, load)
-        case Collective() as work:
-            scaled = work if load is None else replace(work, num_bytes=work.num_bytes * load)
-            times = collective_time(scaled, hardware.fabric)
+    match work:
+        case Gemm():
+            return _timed_gemm_cost(work, hardware.device, next(gemm_times))
+        case AttentionCore():
+            return attention_cost(work, hardware.device, kernels)
+        case MemoryTraffic():
+            return traffic_cost(work, hardware.device, kernels)
+        case Collective():
+            times = collective_time(work, hardware.fabric)
             return times.modelled_s, times.ideal_s, times.modelled_s * 0.0
         case _:
-            assert_never(operation.work)
+            assert_never(work)
 
 
-def gemm_cost(
-    work: Gemm, rates: DeviceRates, load: FloatArray | None = None
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Time, ideal time and FLOPs of a (grouped) GEMM.
+def gemm_cost(work: Gemm, rates: DeviceRates) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Time (:func:`~moesim.cost.kernel_times.gemm_times_s`), ideal time and FLOPs of a (grouped) GEMM.
 
-    Notes
-    -----
-    t = t0 + ||compute, memory||_p with
-    compute = max(2 g r c / (P * fraction), smallest tile) (i + prologue), rows r padded to a matrix instruction in
-    groups, memory = (g (r i + i c) input_bytes + g r c output_bytes) / (B * fraction); accumulating outputs are read
-    as well. Never below the roofline 2 g r c i / P and bytes / B. Ignores wave quantisation and split-k.
-    No work (a factor 0) takes no time.
+    Ideal is the roofline 2 g r c i / P and bytes / B, but never above the time: operands that a cache keeps need not
+    come from memory.
     """
-    rows = work.rows if load is None else work.rows * load
-    flops = 2.0 * work.groups * rows * work.columns * work.inner
-    padded = np.where(work.groups > 1, np.ceil(rows / ROW_GRANULARITY - 1e-9) * ROW_GRANULARITY, rows)
-    peak = rates.peak_for(work.precision)
-    per_length_s = 2.0 * work.groups * padded * work.columns / (peak * rates.gemm_fraction)
-    compute_s = np.maximum(per_length_s, rates.smallest_tile_s) * (work.inner + rates.prologue_length)
-    output_bytes = work.output_bytes * (2.0 if work.accumulates else 1.0)
-    num_bytes = work.groups * (
-        (rows + work.columns) * work.inner * work.input_bytes + rows * work.columns * output_bytes
-    )
-    memory_s = num_bytes / (rates.memory_bandwidth * rates.gemm_memory_fraction)
-    time_s = (rates.gemm_fixed_s + combined_time_s(compute_s, memory_s)) * (flops > 0)
-    ideal_s = np.maximum(flops / peak, num_bytes / rates.memory_bandwidth * (flops > 0))
-    return time_s, ideal_s, flops
+    (time_s,) = gemm_times_s([work], rates)
+    return _timed_gemm_cost(work, rates, time_s)
+
+
+def _timed_gemm_cost(work: Gemm, rates: DeviceRates, time_s: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    flops = 2.0 * work.groups * work.rows * work.columns * work.inner
+    memory_s = gemm_bytes(work) / rates.memory_bandwidth * (flops > 0)
+    return time_s, np.minimum(np.maximum(flops / rates.peak_for(work.precision), memory_s), time_s), flops
 
 
 def attention_cost(work: AttentionCore, rates: DeviceRates, kernels: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Time, ideal time and FLOPs of an attention core.
+    """Time (:func:`~moesim.cost.kernel_times.attention_core_s`), ideal time and FLOPs of an attention core.
 
-    Notes
-    -----
-    FLOPs = 2 * pairs * heads * width * visible; t = t0 kernels + ||FLOPs / (P fraction), bytes / (B fraction)||_p.
+    FLOPs = 2 * pairs * heads * width * visible; ideal as for :func:`gemm_cost`.
     """
+    time_s = attention_core_s(work, rates, kernels)
     flops = 2.0 * work.pairs * work.heads * (work.matmul_width * work.visible_fraction)
-    peak = rates.peak_for(work.precision)
-    num_bytes = work.io_elements * work.element_bytes
-    compute_s = flops / (peak * rates.attention_fraction)
-    memory_s = num_bytes / (rates.memory_bandwidth * rates.traffic_fraction)
-    time_s = (rates.gemm_fixed_s * kernels + combined_time_s(compute_s, memory_s)) * (flops > 0)
-    ideal_s = np.maximum(flops / peak, num_bytes / rates.memory_bandwidth)
-    return time_s, ideal_s, flops
+    memory_s = work.io_elements * work.element_bytes / rates.memory_bandwidth
+    return time_s, np.minimum(np.maximum(flops / rates.peak_for(work.precision), memory_s), time_s), flops
 
 
-def traffic_cost(
-    work: MemoryTraffic, rates: DeviceRates, kernels: int, load: FloatArray | None = None
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def traffic_cost(work: MemoryTraffic, rates: DeviceRates, kernels: int) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Time, ideal time and (zero) FLOPs of element-wise work: t0 per kernel + bytes / (B fraction)."""
-    num_bytes = work.num_bytes if load is None else work.num_bytes * load
-    ideal_s = num_bytes / rates.memory_bandwidth
-    time_s = (kernels * rates.traffic_fixed_s + ideal_s / rates.traffic_fraction) * (num_bytes > 0)
-    return time_s, ideal_s, num_bytes * 0.0
+    ideal_s = work.num_bytes / rates.memory_bandwidth
+    time_s = (kernels * rates.traffic_fixed_s + ideal_s / rates.traffic_fraction) * (work.num_bytes > 0)
+    return time_s, ideal_s, work.num_bytes * 0.0

@@ -14,6 +14,13 @@ import numpy as np
 
 from moesim.cost.attention_surface import AttentionTimeSurface, attention_surface_from_document
 from moesim.cost.efficiency_surfaces import DeviceRates, device_rates
+from moesim.cost.fitted_surfaces import (
+    NORMAL_QUANTILE,
+    SURFACE_OPERATORS,
+    FittedSurfaces,
+    SurfaceRecord,
+    fitted_record,
+)
 from moesim.cost.gemm_surface import (
     GemmCore,
     GemmMachine,
@@ -155,9 +162,6 @@ def _balance(device: Device) -> float:
 
 def peak_flop_rate(rates: DeviceRates, precision: str) -> float:
     """Peak FLOP/s of a precision; where a device has only one of the 16-bit formats, it serves for the other."""
-    for one, other in (("bf16", "fp16"), ("fp16", "bf16")):
-        if precision == one and one not in rates.peak and other in rates.peak:
-            return rates.peak[other]
     return rates.peak_for(precision)
 
 
@@ -245,6 +249,42 @@ def moe_surface_for(device: Device, library: HardwareLibrary) -> tuple[MoeTimeSu
     carried = carried_moe_surface(surface, source_machine, machine, anchors=device_anchors(device), core=core)
     spread = rules.intervals["moe"][origin.relation]
     return replace(carried, device=device.id, **_interval(spread)), origin
+
+
+def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
+    """Surfaces that price a device's kernels, its own or carried over, with their records.
+
+    Parameters
+    ----------
+    device : Device
+        Its profile.
+    library : HardwareLibrary
+        Where surfaces and the rules of transfer come from.
+
+    Returns
+    -------
+    FittedSurfaces
+        All three.
+    """
+    gemm, gemm_origin = gemm_surface_for(device, library)
+    attention, attention_origin = attention_surface_for(device, library)
+    moe, moe_origin = moe_surface_for(device, library)
+    carried = (
+        (gemm_origin, gemm.core.compute_fraction, gemm.spread.half_widths),
+        (attention_origin, attention.parameters.compute_fraction, attention.interval_half_widths),
+        (moe_origin, moe.parameters.compute_fraction, moe.interval_half_widths),
+    )
+    records = []
+    for operator, (origin, fraction, half_widths) in zip(SURFACE_OPERATORS, carried, strict=True):
+        document = library.surface(operator, device.id)
+        record = SurfaceRecord(
+            kind=origin.kind,
+            source=f"carried over from {origin.device}; error of predicting each measured device from the others",
+            compute_fraction=fraction,
+            error_fraction=float(np.asarray(half_widths, dtype=np.float64).mean()) / NORMAL_QUANTILE,
+        )
+        records.append((operator, fitted_record(operator, document) if document else record))
+    return FittedSurfaces(gemm, attention, moe, tuple(records))
 
 
 def _interval(spread: Spread) -> dict[str, Any]:
@@ -360,8 +400,12 @@ def carried_moe_surface(
     MoeTimeSurface
         With the interval of the source, which does not hold here.
     """
+    larger = machine.l2_cache_bytes / source.l2_cache_bytes
     parameters = replace(
-        surface.parameters, cache_bytes=surface.parameters.cache_bytes * machine.l2_cache_bytes / source.l2_cache_bytes
+        surface.parameters,
+        cache_bytes=surface.parameters.cache_bytes * larger,
+        pass_cache_bytes=surface.parameters.pass_cache_bytes * larger,
+        slab_bytes=surface.parameters.slab_bytes * larger,
     )
     if core is not None:
         parameters = replace(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from moesim.cost.fitted_surfaces import NORMAL_QUANTILE, FittedSurfaces
 from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.quantities import Figure
 
+__all__ = ["LEVEL", "NORMAL_QUANTILE", "class_errors", "figure_error", "standard_deviation_s"]
+
 LEVEL = 0.9
-NORMAL_QUANTILE = 1.6448536269514722
-"""Two-sided 90 % of a normal distribution."""
 
 DEFAULT_ERROR: dict[str, float] = {
     "datasheet": 0.10,
@@ -35,13 +36,17 @@ def figure_error(figure: Figure) -> float:
     return DEFAULT_ERROR[figure.kind] if figure.error_fraction is None else figure.error_fraction
 
 
-def class_errors(device: Device, cluster: Cluster, stack: Stack) -> dict[str, float]:
+def kernel_error(device: Device, surfaces: FittedSurfaces) -> float:
+    """Relative standard deviation of kernel times: the largest of the surfaces', else of the constants."""
+    if surfaces.records:
+        return max(record.error_fraction for _, record in surfaces.records)
+    gemm = figure_error(device.kernels.gemm.compute_fraction)
+    return math.hypot(gemm, figure_error(device.sustained_clock_fraction))
+
+
+def class_errors(device: Device, cluster: Cluster, stack: Stack, surfaces: FittedSurfaces) -> dict[str, float]:
     """Relative standard deviation of each class of work: compute, memory traffic, communication, host."""
-    gemm = math.hypot(
-        figure_error(device.kernels.gemm.compute_fraction),
-        figure_error(stack.gemm_compute_fraction),
-        figure_error(device.sustained_clock_fraction),
-    )
+    gemm = math.hypot(kernel_error(device, surfaces), figure_error(stack.gemm_compute_fraction))
     tiers = stack.collectives.values()
     wire = max(max(figure_error(tier.all_to_all_fraction), figure_error(tier.reduce_fraction)) for tier in tiers)
     latency = max(figure_error(tier.round_latency) for tier in tiers)

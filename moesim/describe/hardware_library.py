@@ -36,6 +36,7 @@ class HardwareLibrary:
                 )
         self._directories = profile_directories(extra_directories)
         self._read_already: dict[Path, Device | Cluster | Stack] = {}
+        self._surfaces: dict[tuple[str, str], dict[str, Any] | None] = {}
 
     def names(self, kind: ProfileKind) -> list[str]:
         """Names of all profiles of a kind, sorted."""
@@ -68,6 +69,12 @@ class HardwareLibrary:
 
     def surface(self, operator: str, device: str) -> dict[str, Any] | None:
         """Fitted surface of an operator on a device, as its JSON object; None where nothing was fitted."""
+        key = (operator, device)
+        if key not in self._surfaces:
+            self._surfaces[key] = self._read_surface(operator, device)
+        return self._surfaces[key]
+
+    def _read_surface(self, operator: str, device: str) -> dict[str, Any] | None:
         for directory in self._directories:
             path = directory / "surfaces" / f"{operator}_{device}.json"
             if path.is_file():

@@ -130,7 +130,7 @@ def _interval(system: System, exposed_s: dict[str, float], step_time_s: float, l
     The wider, on each side, of 1.645 standard deviations of the figures and of what the stack's kind of published runs
     showed: measured over predicted, 5th to 95th percentile.
     """
-    errors = class_errors(system.device, system.cluster, system.stack)
+    errors = class_errors(system.device, system.cluster, system.stack, system.hardware.device.surfaces)
     half_width = NORMAL_QUANTILE * standard_deviation_s(exposed_s, errors)
     low, high = step_time_s - half_width, step_time_s + half_width
     ratio = system.stack.step_ratio

@@ -10,7 +10,9 @@ import numpy as np
 
 from moesim.cost.collectives import fabric_rates
 from moesim.cost.efficiency_surfaces import device_rates
+from moesim.cost.fitted_surfaces import FittedSurfaces
 from moesim.cost.operators import Hardware
+from moesim.cost.surface_transfer import device_surfaces
 from moesim.describe.consistency import Inconsistency, hardware_mismatches, inconsistencies
 from moesim.describe.documents import Document, apply_assignments, problems_from_validation, read_document
 from moesim.describe.hardware import Cluster, Device, Stack
@@ -77,7 +79,8 @@ def load_document(document: Document, library: HardwareLibrary) -> LoadedScenari
         columns = resolve_columns(group_columns_table(scenario, {}, 1))
         problems += _rule_problems(document, scenario, cluster, columns)
         if not problems:
-            return LoadedScenario(scenario, build_system(scenario, device, cluster, stack), columns, document)
+            system = build_system(scenario, device, cluster, stack, surfaces=device_surfaces(device, library))
+            return LoadedScenario(scenario, system, columns, document)
     raise ScenarioError(problems)
 
 
@@ -124,10 +127,12 @@ def _rule_problems(document: Document, scenario: Scenario, cluster: Cluster, col
     ]
 
 
-def build_system(scenario: Scenario, device: Device, cluster: Cluster, stack: Stack) -> System:
+def build_system(
+    scenario: Scenario, device: Device, cluster: Cluster, stack: Stack, *, surfaces: FittedSurfaces
+) -> System:
     """Join a scenario with its profiles and work out the rates everything is priced with."""
     hardware = Hardware(
-        device=device_rates(device, stack),
+        device=device_rates(device, stack, surfaces=surfaces),
         fabric=fabric_rates(cluster, device, stack),
     )
     return System(scenario, device, cluster, stack, hardware, LoadFactors(scenario))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moesim.cost.collectives import required_tiers
+from moesim.cost.fitted_surfaces import FittedSurfaces
 from moesim.describe.quantities import (
     BandwidthFigure,
     BytesFigure,
@@ -31,10 +32,22 @@ UNIT_OF_FIGURE: dict[type[Figure], str] = {
 
 
 def sourced_figures(system: System) -> list[SourcedFigure]:
-    """Figures of device, cluster and stack that the estimate read."""
+    """Figures of device, cluster and stack that the estimate read, and the fitted surfaces in their place."""
+    surfaces = system.hardware.device.surfaces
+    replaced = _replaced(surfaces)
     tiers = required_tiers(system.cluster)
     used_precisions = {system.scenario.precision.compute, "bf16", "fp32"}
-    figures = []
+    figures = [
+        SourcedFigure(
+            f"device.surfaces.{operator}.compute_fraction",
+            record.compute_fraction,
+            "",
+            record.kind,
+            record.source,
+            record.error_fraction,
+        )
+        for operator, record in surfaces.records
+    ]
     for owner, profile in (("device", system.device), ("cluster", system.cluster), ("stack", system.stack)):
         for name, figure in figures_of(profile, owner):
             parts = name.split(".")
@@ -42,7 +55,7 @@ def sourced_figures(system: System) -> list[SourcedFigure]:
                 continue
             if parts[1] == "collectives" and parts[2] not in tiers:
                 continue
-            if parts[1] in ("power", "clock", "l2_cache"):
+            if parts[1] in ("power", "clock", "l2_cache") or name in replaced:
                 continue
             figures.append(
                 SourcedFigure(
@@ -55,6 +68,14 @@ def sourced_figures(system: System) -> list[SourcedFigure]:
                 )
             )
     return figures
+
+
+def _replaced(surfaces: FittedSurfaces) -> set[str]:
+    """Figures that only the four-constant GEMM reads, where a surface prices instead."""
+    if surfaces.gemm is None or surfaces.moe is None:
+        return set()
+    names = ("compute_fraction", "memory_fraction", "prologue_length")
+    return {f"device.kernels.gemm.{name}" for name in names}
 
 
 def figures_of(value: object, name: str) -> Iterator[tuple[str, Figure]]:

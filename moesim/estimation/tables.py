@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moesim.cost.surface_transfer import device_surfaces
 from moesim.describe.consistency import hardware_mismatches, inconsistencies
 from moesim.describe.documents import Document, assign
 from moesim.describe.hardware_library import HardwareLibrary
@@ -304,7 +305,9 @@ class SpaceEstimator:
         except (ScenarioError, FormatError) as error:
             return error.problems[0].message
         found = [*inconsistencies(scenario), *hardware_mismatches(scenario, device, cluster, stack)]
-        return found[0].message if found else build_system(scenario, device, cluster, stack)
+        if found:
+            return found[0].message
+        return build_system(scenario, device, cluster, stack, surfaces=device_surfaces(device, self._library))
 
     def _swept(self, indices: tuple[IntArray, ...], members: IntArray) -> dict[str, tuple[Sequence[float], IntArray]]:
         return {

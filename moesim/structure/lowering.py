@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moesim.describe.hardware import Stack
 from moesim.describe.model import Model
 from moesim.describe.quantities import PRECISION_BYTES
@@ -14,12 +16,14 @@ from moesim.structure.placement import ProcessGroup, group_columns, process_grou
 from moesim.structure.step_graph import (
     Collective,
     CollectiveKind,
+    Extent,
     Gemm,
     MemoryTraffic,
     Operation,
     Phase,
     RoutedCopies,
     Stream,
+    linear_extents,
 )
 
 TOKEN_COLUMNS: tuple[str, ...] = (
@@ -106,17 +110,18 @@ def token_columns(scenario: Scenario) -> tuple[str, ...]:
 def gemm(
     context: LoweringContext,
     phase: Phase,
-    shape: tuple[FloatArray, FloatArray | float, FloatArray | float],
+    shape: tuple[Extent, Extent, Extent],
     *,
     groups: FloatArray | float = 1.0,
     precision: str | None = None,
+    is_ragged: bool = False,
 ) -> Gemm:
     """Work of one GEMM (rows, columns, inner) in a phase; weight gradients accumulate in the gradients' format."""
-    ones = shape[0] * 0 + 1.0
+    ones: FloatArray = np.ones(np.broadcast_shapes(*(np.shape(extent) for extent in shape)))
     is_weight_gradient = phase == "weight_gradient"
     output = PRECISION_BYTES[context.scenario.precision.gradients] if is_weight_gradient else context.activation_bytes
     return Gemm(
-        shape[0],
+        ones * shape[0],
         ones * shape[1],
         ones * shape[2],
         ones * groups,
@@ -124,6 +129,7 @@ def gemm(
         context.gemm_input_bytes,
         output,
         accumulates=is_weight_gradient,
+        is_ragged=is_ragged,
     )
 
 
@@ -137,25 +143,24 @@ def linear(
     precision: str | None = None,
     load_factor: FloatArray | None = None,
     is_recomputed_selectively: bool = False,
+    is_ragged: bool = False,
 ) -> list[Operation]:
     """A linear layer, Y[rows, columns] = X[rows, inner] W: forward, activation gradient and weight gradient.
 
-    The gradients are products of the same three extents: dX = dY W^T has inner = columns, dW = X^T dY inner = rows.
+    The gradients are products of the same three extents, see :func:`~moesim.structure.step_graph.linear_extents`.
     """
     rows, columns, inner = shape
-    ones = rows * 0 + 1.0
     quantised = _quantisation(context, name, rows * groups, (inner, columns), precision, load_factor)
-    shapes: dict[Phase, tuple[FloatArray, FloatArray | float, FloatArray | float]] = {"forward": shape}
-    if context.is_training:
-        shapes["activation_gradient"] = (rows, inner, columns)
-        shapes["weight_gradient"] = (ones * inner, columns, rows)
+    shapes = linear_extents(*shape)
+    if not context.is_training:
+        shapes = {"forward": shapes["forward"]}
     return quantised + [
         Operation(
             name,
             category,
             phase,
             "compute",
-            gemm(context, phase, phase_shape, groups=groups, precision=precision),
+            gemm(context, phase, phase_shape, groups=groups, precision=precision, is_ragged=is_ragged),
             load_factor=load_factor,
             is_recomputed_selectively=is_recomputed_selectively and phase == "forward",
         )

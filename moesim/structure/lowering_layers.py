@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.describe.model import LatentAttention
+from moesim.describe.model import GroupedQueryAttention, LatentAttention
 from moesim.structure.columns import FloatArray
 from moesim.structure.layers import LayerKind
 from moesim.structure.lowering import (
@@ -17,9 +17,10 @@ from moesim.structure.lowering import (
     traffic,
 )
 from moesim.structure.parameters import attention_output_width, attention_widths
-from moesim.structure.step_graph import AttentionCore, Operation, OperationTable, Phase
+from moesim.structure.step_graph import AttentionCore, Operation, OperationTable, Phase, PrefillShape
 
 FLASH_BACKWARD_MATMULS_OVER_FORWARD = 2.5
+"""Products of a flash backward pass over those of the forward pass: five to two, the scores once more."""
 MATERIALISED_BACKWARD_MATMULS_OVER_FORWARD = 2.0
 
 
@@ -125,6 +126,7 @@ def _core(
                 io_elements=io_elements * (1.0 if phase == "forward" else 2.0),
                 precision=_core_precision(context),
                 element_bytes=context.activation_bytes,
+                prefill=_prefill_shape(context, tokens, key_length, width) if is_flash else None,
             ),
             kernels=1 if is_flash else 2,
             is_recomputed_selectively=phase == "forward",
@@ -143,6 +145,23 @@ def _core(
         kernels=(1, 1) if fused else (4, 4),
         is_recomputed_selectively=True,
     )
+
+
+def _prefill_shape(
+    context: LoweringContext, tokens: FloatArray, key_length: FloatArray, width: float
+) -> PrefillShape | None:
+    """Calls of a flash kernel: whole sequences over the context group, as if each device had a share of them.
+
+    Cross-attention of T queries with S keys is the square of sqrt(T S). None when decoding, which reads the cache.
+    """
+    if context.scenario.workload.kind == "decode":
+        return None
+    attention, columns = context.model.attention, context.columns
+    sequences = columns["micro_batch"] / columns["context"]
+    queries = np.rint(tokens / sequences)
+    length = np.where(queries == key_length, key_length, np.sqrt(queries * key_length))
+    kv_heads = attention.kv_heads if isinstance(attention, GroupedQueryAttention) else attention.heads
+    return PrefillShape(sequences, length, kv_heads / columns["tensor"], width / 2.0)
 
 
 def _score_passes(context: LoweringContext) -> tuple[float, float]:

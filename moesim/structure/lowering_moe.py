@@ -247,13 +247,19 @@ def _copies(context: LoweringContext) -> RoutedCopies | None:
 def _experts(
     context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens, factor: FloatArray
 ) -> list[Operation]:
-    """Grouped GEMMs of the local experts over their rows, and the activation between them."""
+    """GEMMs of the local experts over their rows, and the activation between them.
+
+    A grouped kernel, but for one-hot dispatch, whose experts have equal slots and are one batched product.
+    """
     hidden = float(context.model.hidden_size)
     local = moe.intermediate_size / context.columns["expert_tensor"]
     gate = 2.0 if moe.is_gated else 1.0
     rows, experts = routed.rows_per_expert, routed.local_experts
-    up = linear(context, "expert.up", "expert_gemm", (rows, local * gate, hidden), groups=experts, load_factor=factor)
-    down = linear(context, "expert.down", "expert_gemm", (rows, hidden, local), groups=experts, load_factor=factor)
+    is_ragged = context.stack.dispatch != "one_hot_einsum"
+    up, down = (
+        linear(context, name, "expert_gemm", shape, groups=experts, load_factor=factor, is_ragged=is_ragged)
+        for name, shape in (("expert.up", (rows, local * gate, hidden)), ("expert.down", (rows, hidden, local)))
+    )
     fused = context.stack.fuses_elementwise
     activation = traffic(
         context,

@@ -11,6 +11,7 @@ from moesim.structure.placement import ProcessGroup
 
 Phase = Literal["forward", "activation_gradient", "weight_gradient"]
 Stream = Literal["compute", "tensor_parallel", "context_parallel", "all_to_all", "data_parallel", "pipeline_p2p"]
+Extent = FloatArray | float
 CollectiveKind = Literal["all_to_all", "all_reduce", "all_gather", "reduce_scatter", "point_to_point"]
 
 CATEGORIES: tuple[str, ...] = (
@@ -38,8 +39,9 @@ CATEGORIES: tuple[str, ...] = (
 class Gemm:
     """``groups`` products (rows x inner)(inner x columns), each its own operands; all arrays (n_cases,).
 
-    ``output_bytes`` per element written, ``accumulates`` when the output is read and added to (weight gradients).
-    ``is_grouped`` when the groups are experts of one kernel, whose rows are padded to the device's granularity.
+    A GEMM Y[m, n] = X[m, k] W[n, k]^T has rows m, columns n, inner k. ``output_bytes`` per element written,
+    ``accumulates`` when the output is read and added to (weight gradients). ``is_ragged`` when the groups are experts
+    of one grouped kernel, each with rows of its own number; else they are equal products of one batched kernel.
     """
 
     rows: FloatArray
@@ -50,6 +52,43 @@ class Gemm:
     input_bytes: float
     output_bytes: float
     accumulates: bool = False
+    is_ragged: bool = False
+
+
+def linear_extents(rows: Extent, columns: Extent, inner: Extent) -> dict[Phase, tuple[Extent, Extent, Extent]]:
+    """Rows, columns and inner length of the three GEMMs of a linear layer Y[m, n] = X[m, k] W[n, k]^T.
+
+    Parameters
+    ----------
+    rows, columns, inner : ndarray or float
+        Extents m, n and k.
+
+    Returns
+    -------
+    dict
+        By phase: forward (m, n, k), activation gradient dX[m, k] = dY W (m, k, n), weight gradient dW[n, k] = dY^T X
+        (n, k, m).
+    """
+    return {
+        "forward": (rows, columns, inner),
+        "activation_gradient": (rows, inner, columns),
+        "weight_gradient": (columns, inner, rows),
+    }
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """What a flash kernel is called with; all arrays (n_cases,) but ``head_size``.
+
+    ``sequences`` of ``length`` queries and as many keys, a fraction of one where its queries are split over a context
+    group (which balances the causal mask); where queries and keys differ, the square of as many pairs. ``head_size`` is
+    the mean of query-key and value heads.
+    """
+
+    sequences: FloatArray
+    length: FloatArray
+    kv_heads: FloatArray
+    head_size: float
 
 
 @dataclass(frozen=True)
@@ -58,7 +97,7 @@ class AttentionCore:
 
     ``matmul_width`` is the sum of the inner widths of its products (forward: key + value head size); ``heads`` per
     device. ``visible_fraction`` of the pairs is needed (one half when causal). ``io_elements`` are read or written
-    once.
+    once. ``prefill`` None: decoding, or scores that are stored.
     """
 
     pairs: FloatArray
@@ -68,6 +107,7 @@ class AttentionCore:
     io_elements: FloatArray
     precision: str
     element_bytes: float
+    prefill: PrefillShape | None = None
 
 
 @dataclass(frozen=True)

@@ -169,14 +169,8 @@ def fit_attention(
 
 
 def held_out_attention_times_s(
-    device: str,
-    shapes: AttentionShapes,
-    time_s: FloatArray,
-    figures: DeviceFigures,
-    folds: IntArray,
-    *,
-    has_grids: bool = True,
-) -> FloatArray:
+    device: str, shapes: AttentionShapes, time_s: FloatArray, figures: DeviceFigures, folds: IntArray
+) -> tuple[FloatArray, FloatArray]:
     """Times of all rows, each predicted by a fit that did not see its fold.
 
     Parameters
@@ -191,21 +185,20 @@ def held_out_attention_times_s(
         Datasheet figures of the device.
     folds : ndarray of shape (n_rows,)
         Fold of every row.
-    has_grids : bool, optional
-        Whether to fit the grids too.
 
     Returns
     -------
-    ndarray of shape (n_rows,)
-        Seconds.
+    predicted_s, formula_s : ndarray of shape (n_rows,)
+        Seconds with the grids, and of the formula alone.
     """
-    predicted_s = np.empty_like(time_s)
+    predicted_s, formula_s = np.empty_like(time_s), np.empty_like(time_s)
     for fold in np.unique(folds):
         is_out = folds == fold
-        seen = select_shapes(shapes, ~is_out)
-        surface = fit_attention(device, seen, time_s[~is_out], figures, has_grids=has_grids)
-        predicted_s[is_out] = attention_time_s(surface, select_shapes(shapes, is_out))
-    return predicted_s
+        surface = fit_attention(device, select_shapes(shapes, ~is_out), time_s[~is_out], figures)
+        left_out = select_shapes(shapes, is_out)
+        predicted_s[is_out] = attention_time_s(surface, left_out)
+        formula_s[is_out] = attention_time_s(replace(surface, grids=()), left_out)
+    return predicted_s, formula_s
 
 
 def with_interval(

@@ -88,7 +88,7 @@ def validate_attention(path: Path, device: str, figures: DeviceFigures, *, seed:
     table = read_kernel_table(path, ATTENTION_COLUMNS)
     shapes, time_s = attention_shapes(table), table["time_us"] * 1e-6
     folds = attention_folds(shapes, seed=seed)
-    predicted_s = held_out_attention_times_s(device, shapes, time_s, figures, folds)
+    predicted_s, formula_s = held_out_attention_times_s(device, shapes, time_s, figures, folds)
     return AttentionValidation(
         device=device,
         table_name=path.name,
@@ -96,7 +96,7 @@ def validate_attention(path: Path, device: str, figures: DeviceFigures, *, seed:
         shapes=shapes,
         time_s=time_s,
         predicted_s=predicted_s,
-        formula_s=held_out_attention_times_s(device, shapes, time_s, figures, folds, has_grids=False),
+        formula_s=formula_s,
         folds=folds,
         half_widths=conformal_half_widths(np.log(time_s / predicted_s), folds, sizes=predicted_s, level=LEVEL),
     )

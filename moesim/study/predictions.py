@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from moesim.cost.attention_surface import (
     attention_time_s,
     is_in_attention_domain,
 )
+from moesim.cost.efficiency_surfaces import device_rates
+from moesim.cost.fitted_surfaces import FittedSurfaces
 from moesim.cost.moe_rank_loads import (
     UNGATED_KERNEL,
     MoeShapes,
@@ -33,6 +35,7 @@ from moesim.cost.moe_rank_loads import (
     select_rank_loads,
 )
 from moesim.cost.moe_surface import is_in_moe_domain, moe_half_widths, moe_time_s
+from moesim.cost.operators import gemm_cost
 from moesim.cost.surface_transfer import (
     SurfaceOrigin,
     attention_surface_at,
@@ -44,8 +47,11 @@ from moesim.cost.surface_transfer import (
 )
 from moesim.describe.hardware import Device
 from moesim.describe.hardware_library import HardwareLibrary
+from moesim.describe.quantities import PRECISION_BYTES
 from moesim.errors import FormatError, Problem, ScenarioError
 from moesim.structure.columns import FloatArray
+from moesim.structure.lowering_layers import FLASH_BACKWARD_MATMULS_OVER_FORWARD
+from moesim.structure.step_graph import Gemm, Phase, linear_extents
 
 OPERATORS = ("gemm", "moe", "attention")
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -59,8 +65,11 @@ PASSES: dict[str, tuple[str, ...]] = {
     "moe": ("forward", "backward"),
     "attention": ("forward", "backward"),
 }
-ATTENTION_BACKWARD = 2.5
-"""Matrix products of a flash backward pass over those of the forward pass: five to two."""
+PHASE_OF_PASS: dict[str, Phase] = {
+    "forward": "forward",
+    "dgrad": "activation_gradient",
+    "wgrad": "weight_gradient",
+}
 GEMM_BACKWARD = 2.0
 """The same of a linear layer: gradients of activations and of weights."""
 EXTRAPOLATION_FACTOR = 2.0
@@ -145,17 +154,21 @@ def predict(
 def _predict_gemm(
     device: Device, columns: Mapping[str, npt.NDArray[Any]], library: HardwareLibrary
 ) -> KernelPrediction:
-    """A[m, k] W[n, k]^T; the activation gradient is (m, k, n), the weight gradient (n, k, m), in GEMM order."""
-    m, n, k = (columns[name] for name in NEEDED["gemm"])
-    is_dgrad, is_wgrad = columns["pass"] == "dgrad", columns["pass"] == "wgrad"
-    rows = np.where(is_wgrad, n, m)
-    width = np.where(is_dgrad | is_wgrad, k, n)
-    inner = np.where(is_dgrad, n, np.where(is_wgrad, m, k))
+    """A[m, k] W[n, k]^T and its gradients, priced as a step prices them but for the stack's slow-down."""
+    shape: list[FloatArray] = [columns[name] for name in NEEDED["gemm"]]
+    by_phase = linear_extents(*shape)
+    rows, width, inner = (np.zeros_like(size) for size in shape)
+    for name, phase in PHASE_OF_PASS.items():
+        at_pass = columns["pass"] == name
+        for size, of_phase in zip((rows, width, inner), by_phase[phase], strict=True):
+            size[at_pass] = np.asarray(of_phase)[at_pass]
     surface, origin = gemm_surface_for(device, library)
-    time_s = np.empty(len(m))
+    rates = device_rates(device, surfaces=FittedSurfaces(gemm=surface))
+    time_s = np.empty(len(rows))
     for precision, part in _by_precision(columns):
-        machine = replace(kernel_machine(device, precision), compute_units=surface.machine.compute_units)
-        time_s[part] = surface.time_s(rows[part], width[part], inner[part], machine)
+        ones, operand_bytes = np.ones(part.sum()), PRECISION_BYTES[precision]
+        work = Gemm(rows[part], width[part], inner[part], ones, precision, operand_bytes, output_bytes=2.0)
+        time_s[part] = gemm_cost(work, rates)[0]
     inside = surface.is_inside_domain(rows, width, inner)
     is_aligned = (width % ALIGNMENT == 0) & (inner % ALIGNMENT == 0)
     return _prediction(time_s, surface.half_width(time_s, is_aligned), inside & _is_as_fitted(columns), origin)
@@ -173,7 +186,9 @@ def _predict_attention(
         time_s[part] = attention_time_s(at, AttentionShapes(*(column[part] for column in astuple(shapes))))
     is_masked = columns["is_causal"] == "true"
     inside = is_in_attention_domain(surface, shapes) & _is_as_fitted(columns) & is_masked
-    factor = np.where(columns["pass"] == "backward", ATTENTION_BACKWARD, 1.0) * np.where(is_masked, 1.0, 2.0)
+    factor = np.where(columns["pass"] == "backward", FLASH_BACKWARD_MATMULS_OVER_FORWARD, 1.0) * np.where(
+        is_masked, 1.0, 2.0
+    )
     return _prediction(time_s * factor, attention_half_widths(surface, time_s), inside, origin)
 
 

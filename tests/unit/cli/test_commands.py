@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_answered_in_full_with_exit_code_3(capsys: pytest.C
 
 
 def test_explained_terms_evaluate_to_their_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("m6t_1t_v100x480", "deepseek_v3", "switch_base"):
+    for name in ("m6t_1t_v100x480", "deepseek_v3", "switch_base", "mixtral_8x7b", "deepspeed_moe_1_3b_128e"):
         code, out, _ = run(capsys, "estimate", name, "--json", "--explain")
         assert code == 0
         terms = [term for term in json.loads(out)["explanation"] if term["category"] != "memory"]

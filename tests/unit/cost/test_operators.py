@@ -159,7 +159,8 @@ def test_traffic_time_is_fixed_time_per_kernel_and_bytes_over_bandwidth(rates, k
     wire = num_bytes / rates.memory_bandwidth
     assert time_s[0] == pytest.approx(kernels * rates.traffic_fixed_s + wire / rates.traffic_fraction, rel=1e-12)
     assert (ideal_s[0], flops[0]) == (wire, 0)
-    assert traffic_cost(work, rates, kernels, np.array([load]))[0][0] >= time_s[0]
+    more = MemoryTraffic(work.num_bytes * load)
+    assert traffic_cost(more, rates, kernels)[0][0] >= time_s[0]
 
 
 def test_the_fullest_rank_takes_longer_and_the_mean_keeps_its_flops():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import lru_cache
 from typing import Any
@@ -168,6 +169,18 @@ def rescaled(profile: Any, speed: float) -> Any:
     return type(profile).model_validate(scale(profile, profile.model_dump()))
 
 
+def rescaled_surfaces(value: Any, speed: float, name: str = "") -> Any:
+    """Surfaces with every rate times ``speed`` and every duration divided by it: names say which is which."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        return type(value)(**{key: rescaled_surfaces(item, speed, key) for key, item in fields.items()})
+    if isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+        return tuple(rescaled_surfaces(item, speed) for item in value)
+    if name.endswith("_per_s") or name in ("peak_flop_rate", "memory_bandwidth"):
+        return value * speed
+    return value / speed if name.endswith("_s") and isinstance(value, float) else value
+
+
 def with_unit(figure: Figure, data: dict[str, Any]) -> dict[str, Any]:
     units = {"BytesFigure": "B", "PowerFigure": "W", "PriceFigure": "USD/h"}
     unit = units.get(type(figure).__name__)
@@ -197,7 +210,8 @@ def test_answers_scale_with_the_unit_of_time(speed):
         scenario = loaded(random_document(seed))
         device, cluster, stack = rescaled_profiles(scenario.scenario.cluster, scenario.scenario.stack, speed)
         before = seconds_of(scenario.system, scenario)
-        after = seconds_of(build_system(scenario.scenario, device, cluster, stack), scenario)
+        surfaces = rescaled_surfaces(scenario.system.hardware.device.surfaces, speed)
+        after = seconds_of(build_system(scenario.scenario, device, cluster, stack, surfaces=surfaces), scenario)
         # Bubbles are differences of long times: their rounding is that of the step.
         slack = 1e-12 * before["step"]
         for name, seconds in before.items():
@@ -319,7 +333,9 @@ def test_host_waits_for_the_counts_of_token_prediction_experts_too():
 def changed_system(scenario: LoadedScenario, *, stack: dict[str, Any]) -> System:
     """System of a scenario with other fields in its stack."""
     profile = scenario.system.stack.model_copy(update=stack)
-    return build_system(scenario.scenario, scenario.system.device, scenario.system.cluster, profile)
+    before = scenario.system
+    surfaces = before.hardware.device.surfaces
+    return build_system(scenario.scenario, before.device, before.cluster, profile, surfaces=surfaces)
 
 
 def step_time(system: System, scenario: LoadedScenario) -> float:

@@ -46,7 +46,8 @@ def with_all_to_all_bandwidth(scenario: LoadedScenario, factor: float) -> StepEs
         for name, tier in system.stack.collectives.items()
     }
     stack = system.stack.model_copy(update={"collectives": tiers})
-    changed = build_system(scenario.scenario, system.device, system.cluster, stack)
+    surfaces = system.hardware.device.surfaces
+    changed = build_system(scenario.scenario, system.device, system.cluster, stack, surfaces=surfaces)
     return estimate_loaded(LoadedScenario(scenario.scenario, changed, scenario.columns, scenario.document))
 
 
