@@ -9,8 +9,15 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.attention_surface import GridDocument, IntervalDocument, ResidualGrid, grid_corners
 from moesim.cost.moe_rank_loads import TILE_ROWS, MoeShapes, RankLoad, Remainder
+from moesim.cost.residual_grids import (
+    GridDocument,
+    IntervalDocument,
+    ResidualGrid,
+    grids_from_documents,
+    is_within,
+    residual,
+)
 from moesim.structure.columns import FloatArray
 
 BoolArray = npt.NDArray[np.bool_]
@@ -125,16 +132,11 @@ def moe_surface_from_document(document: MoeDocument) -> MoeTimeSurface:
     MoeTimeSurface
         The surface.
     """
-    grids = []
-    for grid in document["grids"]:
-        knots = tuple(np.array(axis, dtype=np.float64) for axis in grid["knots"])
-        values = np.array(grid["values"], dtype=np.float64).reshape([axis.size for axis in knots])
-        grids.append(ResidualGrid(tuple(grid["axes"]), knots, values))
     return MoeTimeSurface(
         device=document["device"],
         machine=MoeMachine(**document["figures"]),
         parameters=MoeParameters(**document["parameters"]),
-        grids=tuple(grids),
+        grids=grids_from_documents(document["grids"]),
         domain={name: (low, high) for name, (low, high) in document["domain"].items()},
         remainder=document["remainder"],
         interval_edges_s=np.array(document["interval"]["edges_s"], dtype=np.float64),
@@ -412,7 +414,8 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
     -------
     dict
         ``expert_tokens`` (per active expert), ``inter`` (local), ``hidden``, ``experts``, ``local_experts``,
-        ``active_experts``, ``tokens`` and ``unevenness``.
+        ``active_experts``, ``tokens``, ``slab`` (bytes of an expert's first matrices), ``working_set`` (bytes) and
+        ``unevenness``.
     """
     columns = {
         "expert_tokens": load.slots / np.maximum(load.active_experts, 1.0),
@@ -467,12 +470,8 @@ def moe_time_s(surface: MoeTimeSurface, shapes: MoeShapes, load: RankLoad) -> Fl
         peak rate.
     """
     time_s = moe_formula_time_s(surface.parameters, surface.machine, shapes, load)
-    coordinates = moe_coordinates(shapes, load)
-    residual = np.zeros_like(time_s)
-    for grid in surface.grids:
-        corners = grid_corners(grid.knots, [coordinates[axis] for axis in grid.axes])
-        residual = residual + np.sum(grid.values.ravel()[corners.index] * corners.weight, axis=-1)
-    return np.asarray(np.maximum(time_s * np.exp(residual), moe_flops(shapes, load) / surface.machine.peak_flop_per_s))
+    ratio = np.exp(residual(surface.grids, moe_coordinates(shapes, load)))
+    return np.asarray(np.maximum(time_s * ratio, moe_flops(shapes, load) / surface.machine.peak_flop_per_s))
 
 
 def moe_half_widths(surface: MoeTimeSurface, time_s: FloatArray) -> FloatArray:
@@ -508,8 +507,4 @@ def is_in_moe_domain(surface: MoeTimeSurface, shapes: MoeShapes) -> BoolArray:
     ndarray of bool of shape (...,)
         False where a field leaves the fitted range.
     """
-    is_inside = np.asarray(True)
-    for name, (low, high) in surface.domain.items():
-        value = getattr(shapes, name)
-        is_inside = is_inside & (value >= low) & (value <= high)
-    return np.asarray(is_inside)
+    return is_within(surface.domain, shapes)

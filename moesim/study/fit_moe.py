@@ -29,8 +29,8 @@ from moesim.cost.moe_surface import (
     moe_time_s,
 )
 from moesim.structure.columns import FloatArray, IntArray
-from moesim.study.fit_attention import PROBE_PAIRS, PROBE_STEP, GridProbes, fit_residual_grids
-from moesim.study.kernel_tables import fold_of_rows, half_widths_of_bins, log_bin_edges
+from moesim.study.fit_grids import PROBE_PAIRS, PROBE_STEP, GridProbes, fit_residual_grids, limits
+from moesim.study.kernel_tables import fold_of_rows
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -267,14 +267,14 @@ def fit_moe(device: str, rows: MoeRows, machine: MoeMachine, *, has_grids: bool 
     Returns
     -------
     MoeTimeSurface
-        With an empty interval; :func:`with_moe_interval` adds one from held-out errors.
+        With an empty interval; :func:`~moesim.study.fit_grids.with_interval` adds one from held-out errors.
     """
     surface = MoeTimeSurface(
         device=device,
         machine=machine,
         parameters=_fit_formula(rows, machine),
         grids=(),
-        domain={name: _range(getattr(rows.shapes, name)) for name in DOMAIN_FIELDS},
+        domain={name: limits(getattr(rows.shapes, name)) for name in DOMAIN_FIELDS},
         remainder=REMAINDERS.get(device, "idle_experts"),
         interval_edges_s=np.empty(0),
         interval_half_widths=np.array([math.inf]),
@@ -320,30 +320,6 @@ def held_out_moe_times_s(
     return predicted_s, formula_s
 
 
-def with_moe_interval(
-    surface: MoeTimeSurface, predicted_s: FloatArray, time_s: FloatArray, *, num_bins: int = 8
-) -> MoeTimeSurface:
-    """Give a surface its 90 % interval.
-
-    Parameters
-    ----------
-    surface : MoeTimeSurface
-        Fitted on all rows.
-    predicted_s, time_s : ndarray of shape (n_rows,)
-        Held-out predictions and measured times.
-    num_bins : int, optional
-        Bins of predicted time.
-
-    Returns
-    -------
-    MoeTimeSurface
-        The same with edges and half widths.
-    """
-    edges = log_bin_edges(predicted_s, num_bins)
-    widths = half_widths_of_bins(np.log(time_s / predicted_s), predicted_s, edges)
-    return replace(surface, interval_edges_s=edges, interval_half_widths=widths)
-
-
 def _fit_formula(rows: MoeRows, machine: MoeMachine) -> MoeParameters:
     """Robust least squares of log(formula / measured); what the rows do not determine keeps its first guess."""
     from scipy.optimize import least_squares
@@ -386,10 +362,6 @@ def _token_probes(surface: MoeTimeSurface, shapes: MoeShapes) -> GridProbes:
     index = np.arange(PROBE_PAIRS)
     log_time_s = np.log(moe_time_s(surface, probes, load))
     return GridProbes(moe_coordinates(probes, load), log_time_s, index, index + PROBE_PAIRS)
-
-
-def _range(values: FloatArray) -> tuple[float, float]:
-    return float(values.min()), float(values.max())
 
 
 def _codes(names: npt.NDArray[np.str_]) -> IntArray:

@@ -14,9 +14,9 @@ from moesim.cost.attention_surface import (
     attention_half_widths,
     attention_surface_from_document,
     attention_time_s,
-    grid_corners,
     is_in_attention_domain,
 )
+from moesim.cost.residual_grids import grid_corners
 from moesim.resources import data_directory
 
 PATHS = sorted((data_directory("hardware_profiles") / "surfaces").glob("attention_*.json"))

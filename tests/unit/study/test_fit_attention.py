@@ -16,14 +16,12 @@ from moesim.cost.attention_surface import (
 )
 from moesim.study.fit_attention import (
     DeviceFigures,
-    GridProbes,
     attention_folds,
     fit_attention,
-    fit_residual_grids,
     held_out_attention_times_s,
     select_shapes,
-    with_interval,
 )
+from moesim.study.fit_grids import GridProbes, fit_residual_grids, with_interval
 from moesim.study.kernel_tables import error_statistics
 from moesim.study.kernel_validation_attention import write_attention_validation
 
