@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
-from math import prod
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from moesim.structure.columns import FloatArray, IntArray
+from moesim.cost.residual_grids import (
+    GridDocument,
+    IntervalDocument,
+    ResidualGrid,
+    grids_from_documents,
+    is_within,
+    residual,
+)
+from moesim.structure.columns import FloatArray
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -78,25 +84,6 @@ class AttentionParameters:
 
 
 @dataclass(frozen=True)
-class ResidualGrid:
-    """Values of log(measured / formula) on a grid, multilinear between knots and constant outside them.
-
-    Attributes
-    ----------
-    axes : tuple of str
-        Coordinates, keys of :func:`attention_coordinates`.
-    knots : tuple of ndarray
-        Increasing knots of each axis.
-    values : ndarray
-        One value per knot of every axis.
-    """
-
-    axes: tuple[str, ...]
-    knots: tuple[FloatArray, ...]
-    values: FloatArray
-
-
-@dataclass(frozen=True)
 class AttentionTimeSurface:
     """Everything that prices causal prefill attention on one device.
 
@@ -125,22 +112,6 @@ class AttentionTimeSurface:
     interval_half_widths: FloatArray
 
 
-class GridDocument(TypedDict):
-    """A residual grid as JSON holds it."""
-
-    axes: list[str]
-    knots: list[list[float]]
-    values: list[float]
-
-
-class IntervalDocument(TypedDict):
-    """Edges of predicted time and half widths of log(measured / predicted), as JSON holds them."""
-
-    level: float
-    edges_s: list[float]
-    half_widths: list[float]
-
-
 class AttentionDocument(TypedDict):
     """A surface as JSON holds it; other keys (provenance) are for readers."""
 
@@ -165,16 +136,11 @@ def attention_surface_from_document(document: AttentionDocument) -> AttentionTim
     AttentionTimeSurface
         The surface.
     """
-    grids = []
-    for grid in document["grids"]:
-        knots = tuple(np.array(axis, dtype=np.float64) for axis in grid["knots"])
-        values = np.array(grid["values"], dtype=np.float64).reshape([axis.size for axis in knots])
-        grids.append(ResidualGrid(tuple(grid["axes"]), knots, values))
     return AttentionTimeSurface(
         device=document["device"],
         **document["figures"],
         parameters=AttentionParameters(**document["parameters"]),
-        grids=tuple(grids),
+        grids=grids_from_documents(document["grids"]),
         domain={name: (low, high) for name, (low, high) in document["domain"].items()},
         interval_edges_s=np.array(document["interval"]["edges_s"], dtype=np.float64),
         interval_half_widths=np.array(document["interval"]["half_widths"], dtype=np.float64),
@@ -313,54 +279,6 @@ def attention_coordinates(shapes: AttentionShapes) -> dict[str, FloatArray]:
     }
 
 
-@dataclass(frozen=True)
-class GridCorners:
-    """Corners that surround points of a grid, and the weight of each; corners along the last axis."""
-
-    index: IntArray
-    weight: FloatArray
-
-
-def grid_corners(knots: tuple[FloatArray, ...], coordinates: list[FloatArray]) -> GridCorners:
-    """Corners of multilinear interpolation, clamped to the grid.
-
-    Parameters
-    ----------
-    knots : tuple of ndarray
-        Increasing knots of each of the n axes; an axis of one knot is constant.
-    coordinates : list of ndarray
-        One array of shape (...,) per axis.
-
-    Returns
-    -------
-    GridCorners
-        Flat indices and weights, each of shape (..., 2^n).
-
-    Examples
-    --------
-    >>> corners = grid_corners((np.array([0.0, 4.0]),), [np.array([1.0, 9.0])])
-    >>> corners.weight.tolist()
-    [[0.75, 0.25], [0.0, 1.0]]
-    """
-    lows, highs, fractions = [], [], []
-    for axis, coordinate in zip(knots, coordinates, strict=True):
-        clamped = np.clip(coordinate, axis[0], axis[-1])
-        low = np.clip(np.searchsorted(axis, clamped, side="right") - 1, 0, max(axis.size - 2, 0))
-        high = np.minimum(low + 1, axis.size - 1)
-        width = np.where(high > low, axis[high] - axis[low], 1.0)
-        lows.append(low)
-        highs.append(high)
-        fractions.append((clamped - axis[low]) / width)
-    strides = [prod(axis.size for axis in knots[position + 1 :]) for position in range(len(knots))]
-    index, weight = [], []
-    for corner in product((False, True), repeat=len(knots)):
-        ends = [highs[axis] if is_high else lows[axis] for axis, is_high in enumerate(corner)]
-        shares = [fractions[axis] if is_high else 1.0 - fractions[axis] for axis, is_high in enumerate(corner)]
-        index.append(sum((stride * end for stride, end in zip(strides, ends, strict=True)), np.int64(0)))
-        weight.append(prod(shares, start=np.float64(1.0)))
-    return GridCorners(np.stack(np.broadcast_arrays(*index), axis=-1), np.stack(np.broadcast_arrays(*weight), axis=-1))
-
-
 def attention_time_s(surface: AttentionTimeSurface, shapes: AttentionShapes) -> FloatArray:
     """Time of causal prefill attention.
 
@@ -388,10 +306,10 @@ def attention_time_s(surface: AttentionTimeSurface, shapes: AttentionShapes) -> 
         memory_bytes_per_s=surface.memory_bytes_per_s,
         compute_units=surface.compute_units,
     )
-    residual = attention_residual(surface, shapes)
+    log_ratio = attention_residual(surface, shapes)
     moved = shapes.operand_bytes - surface.parameters.cache_bytes
     floor_s = np.maximum(shapes.flops / surface.peak_flop_per_s, moved / surface.memory_bytes_per_s)
-    return np.asarray(np.maximum(time_s * np.exp(residual), floor_s))
+    return np.asarray(np.maximum(time_s * np.exp(log_ratio), floor_s))
 
 
 def attention_residual(surface: AttentionTimeSurface, shapes: AttentionShapes) -> FloatArray:
@@ -409,12 +327,7 @@ def attention_residual(surface: AttentionTimeSurface, shapes: AttentionShapes) -
     ndarray of shape (...,)
         Values.
     """
-    coordinates = attention_coordinates(shapes)
-    residual: FloatArray = np.zeros(np.broadcast_shapes(*(np.shape(value) for value in coordinates.values())))
-    for grid in surface.grids:
-        corners = grid_corners(grid.knots, list(np.broadcast_arrays(*(coordinates[axis] for axis in grid.axes))))
-        residual = residual + np.sum(grid.values.ravel()[corners.index] * corners.weight, axis=-1)
-    return residual
+    return residual(surface.grids, attention_coordinates(shapes))
 
 
 def attention_half_widths(surface: AttentionTimeSurface, time_s: FloatArray) -> FloatArray:
@@ -450,8 +363,4 @@ def is_in_attention_domain(surface: AttentionTimeSurface, shapes: AttentionShape
     ndarray of bool of shape (...,)
         False where a field leaves the fitted range.
     """
-    is_inside = np.asarray(True)
-    for name, (low, high) in surface.domain.items():
-        value = getattr(shapes, name)
-        is_inside = is_inside & (value >= low) & (value <= high)
-    return np.asarray(is_inside)
+    return is_within(surface.domain, shapes)

@@ -150,7 +150,6 @@ class GemmSurface:
             Sizes of one product, of shapes that broadcast. A size of 0 is no work and takes no time; m below 1 counts
             as 1.
         machine : GemmMachine, optional
-        machine : GemmMachine, optional
             Figures at another precision. Where peak, bandwidth or units differ from the surface's, the formula alone
             answers: the grid was fitted for one machine.
         groups : array_like, optional

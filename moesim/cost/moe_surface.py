@@ -9,8 +9,15 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from moesim.cost.attention_surface import GridDocument, IntervalDocument, ResidualGrid, grid_corners
 from moesim.cost.moe_rank_loads import TILE_ROWS, MoeShapes, RankLoad, Remainder
+from moesim.cost.residual_grids import (
+    GridDocument,
+    IntervalDocument,
+    ResidualGrid,
+    grids_from_documents,
+    is_within,
+    residual,
+)
 from moesim.structure.columns import FloatArray
 
 BoolArray = npt.NDArray[np.bool_]
@@ -18,14 +25,18 @@ BoolArray = npt.NDArray[np.bool_]
 TILE_COLUMNS = (64, 128, 256)
 LARGEST_TILE = 32768
 """Columns of the output tiles a grouped GEMM may choose from; rows × columns up to LARGEST_TILE."""
+STREAMED_ROWS, STREAMED_COLUMNS = 64, 128
+"""Output tile of the kernels that read a matrix larger than the cache once per row of tiles."""
+CYCLIC_STEPS = 12
 CHUNK = 64
 """Length of the inner dimension one iteration of the main loop covers."""
 ELEMENT_BYTES = 2.0
 ROUTER_KERNEL_EXPERTS = 128
 """Experts up to which the router's own kernel serves; above, general softmax and top-k kernels do."""
 CEILING_SLACK = 1e-9
-CACHE_SHARPNESS = 16.0
-"""How suddenly weights stop being found in the last-level cache as they outgrow it: all or nothing on the L40S."""
+Shares = tuple[FloatArray | float, FloatArray | float]
+UNCACHED: Shares = (1.0, 1.0)
+"""Shares of weights and of rows that memory serves where nothing is found in the cache."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,13 @@ class MoeParameters:
     general_token_s: float
     general_token_expert_s: float
     cache_bytes: float
+    cache_width: float
+    activation_weight: float
+    cached_ratio: float
+    pass_cache_bytes: float
+    pass_sharpness: float
+    slab_bytes: float
+    shared_tiles: float
 
 
 @dataclass(frozen=True)
@@ -114,16 +132,11 @@ def moe_surface_from_document(document: MoeDocument) -> MoeTimeSurface:
     MoeTimeSurface
         The surface.
     """
-    grids = []
-    for grid in document["grids"]:
-        knots = tuple(np.array(axis, dtype=np.float64) for axis in grid["knots"])
-        values = np.array(grid["values"], dtype=np.float64).reshape([axis.size for axis in knots])
-        grids.append(ResidualGrid(tuple(grid["axes"]), knots, values))
     return MoeTimeSurface(
         device=document["device"],
         machine=MoeMachine(**document["figures"]),
         parameters=MoeParameters(**document["parameters"]),
-        grids=tuple(grids),
+        grids=grids_from_documents(document["grids"]),
         domain={name: (low, high) for name, (low, high) in document["domain"].items()},
         remainder=document["remainder"],
         interval_edges_s=np.array(document["interval"]["edges_s"], dtype=np.float64),
@@ -155,16 +168,24 @@ def moe_formula_time_s(parameters: MoeParameters, machine: MoeMachine, shapes: M
     With R slots and A active experts on the rank, t tokens, E experts, hidden size H, local intermediate size I and
     Be = B · memory_fraction::
 
-        T = fixed_s + expert_s E + slot_s R + (slot_passes 2 R H + token_passes 2 t H) / Be
+        T = fixed_s + expert_s E + slot_s R + a (slot_passes 2 R H + token_passes 2 t H) / Be
             + router(t, E) + G(N = (projections - 1) I, K = H) + G(N = H, K = I)
         router = router_token_s t                                             up to 128 experts, else
                  general_fixed_s + (general_token_s + general_token_expert_s E) t
         G = min over tiles (a, b) of (tc^p + tm^p + tl^p)^(1/p) + wave_s W
         W  = ceil(row_tiles(a) ceil(N / b) / S)                               whole waves of output tiles
         tc = W 2 a b 64 ceil(K / 64) S (1 + small_tile_cost (1/a + 1/b)) / (P compute_fraction)
-        tm = 2 (f A N K + R (K + N)) / Be                                     weights of the experts hit, and rows
+        tm = 2 ((f A + g r) N K + a R (K + N)) / Be                            weights of the experts hit, and rows
+        r  = max(min(u, sqrt(u shared_tiles)) min(ceil(N / 128) / S, 1) - A, 0)
+                                                                              weights read again; u = row_tiles(64)
         tl = chunk_s K / 64                                                   one main loop
-        f  = 1 / (1 + (cache_bytes / weights)^16)                               weights the cache does not hold
+
+    Shares of traffic that memory serves, the rest coming from the last-level cache: f of the weights rises from 0 to 1
+    as weights plus activation_weight × 2 (2 t H + 2 R H + projections R I) bytes grow from cache_bytes to
+    cache_bytes (1 + cache_width); a of the rows is c + (1 - c) / cached_ratio with
+    c = 1 / (1 + (pass_cache_bytes / 4 R H)^pass_sharpness); g of weights read again for another row of tiles rises from
+    0 to 1 as one expert's matrix of 2 N K bytes grows from slab_bytes by the same width. They matter where the cache is
+    large and memory slow: on the L40S whole layers fit, and experts that do not are read once per 64 rows.
 
     Routing is paid for all t tokens on every rank, with or without experts of theirs. No term falls as tokens grow if
     no load does. Collectives are not part of it. p near 1 says that these kernels hardly overlap streaming and
@@ -176,29 +197,56 @@ def moe_formula_time_s(parameters: MoeParameters, machine: MoeMachine, shapes: M
     general_token_s = parameters.general_token_s + parameters.general_token_expert_s * shapes.num_experts
     general_s = parameters.general_fixed_s + general_token_s * shapes.tokens
     router_s = np.where(is_general, general_s, parameters.router_token_s * shapes.tokens)
+    working_set = _working_set(shapes, load, parameters.activation_weight)
+    missed = _ramp(working_set, parameters.cache_bytes, parameters.cache_width)
+    moved = np.maximum(2.0 * ELEMENT_BYTES * slots * shapes.hidden, 1.0)
+    spilled = 1.0 / (1.0 + (parameters.pass_cache_bytes / moved) ** parameters.pass_sharpness)
+    rows_share = spilled + (1.0 - spilled) / parameters.cached_ratio
     passes = parameters.slot_passes * slots + parameters.token_passes * shapes.tokens
-    around_s = passes * ELEMENT_BYTES * shapes.hidden / stream + parameters.slot_s * slots
-    weights = ELEMENT_BYTES * load.active_experts * shapes.hidden * inter * shapes.projections
-    missed = 1.0 / (1.0 + (parameters.cache_bytes / np.maximum(weights, 1.0)) ** CACHE_SHARPNESS)
-    up_s = _grouped_gemm_s(parameters, machine, load, (shapes.projections - 1.0) * inter, shapes.hidden, missed)
-    down_s = _grouped_gemm_s(parameters, machine, load, shapes.hidden, inter, missed)
+    around_s = rows_share * passes * ELEMENT_BYTES * shapes.hidden / stream + parameters.slot_s * slots
+    shares = (missed, rows_share)
+    up_s = _grouped_gemm_s(parameters, machine, load, ((shapes.projections - 1.0) * inter, shapes.hidden), shares)
+    down_s = _grouped_gemm_s(parameters, machine, load, (shapes.hidden, inter), shares)
     fixed_s = parameters.fixed_s + parameters.expert_s * shapes.num_experts
     return np.asarray(fixed_s + router_s + around_s + up_s + down_s)
+
+
+def _working_set(shapes: MoeShapes, load: RankLoad, activation_weight: float) -> FloatArray:
+    """Bytes of the weights of experts hit, and of activations: tokens in and out, rows in, out and between."""
+    weights = load.active_experts * shapes.hidden * shapes.local_inter * shapes.projections
+    rows = 2.0 * shapes.hidden + shapes.local_inter * shapes.projections
+    activations = 2.0 * shapes.tokens * shapes.hidden + load.slots * rows
+    return np.asarray(ELEMENT_BYTES * (weights + activation_weight * activations))
+
+
+def _ramp(num_bytes: FloatArray, start: float, width: float) -> FloatArray:
+    """Share that a cache of ``start`` bytes misses: 0 up to it, 1 from ``start`` × (1 + width)."""
+    return np.clip((num_bytes / start - 1.0) / width, 0.0, 1.0)
+
+
+def _cyclic_miss(size: FloatArray) -> FloatArray:
+    """Share of misses of operands ``size`` times a cache with random replacement, read again and again in one order.
+
+    The root m of m = 1 - exp(-size m): 0 up to 1, 0.35 at 1.22, 0.80 at 2, towards 1.
+    """
+    missed = np.ones_like(size)
+    for _ in range(CYCLIC_STEPS):
+        missed = 1.0 - np.exp(-size * missed)
+    return np.where(size > 1.0, missed, 0.0)
 
 
 def _grouped_gemm_s(
     parameters: MoeParameters,
     machine: MoeMachine,
     load: RankLoad,
-    columns: FloatArray,
-    inner: FloatArray,
-    missed: FloatArray | float,
+    sizes: tuple[FloatArray, FloatArray],
+    shares: Shares,
     *,
     operand_bytes: float = ELEMENT_BYTES,
 ) -> FloatArray:
-    """``G`` of :func:`moe_formula_time_s`."""
-    power = parameters.overlap_exponent
-    common = _stream_s(parameters, machine, load, columns, inner, missed, operand_bytes=operand_bytes) ** power
+    """``G`` of :func:`moe_formula_time_s` for ``sizes`` (columns, inner)."""
+    power, (columns, inner) = parameters.overlap_exponent, sizes
+    common = _stream_s(parameters, machine, load, sizes, shares, operand_bytes=operand_bytes) ** power
     common = common + (parameters.chunk_s * inner / CHUNK) ** power
     best = np.asarray(np.inf)
     for tile in _tiles():
@@ -217,14 +265,21 @@ def _stream_s(
     parameters: MoeParameters,
     machine: MoeMachine,
     load: RankLoad,
-    columns: FloatArray,
-    inner: FloatArray,
-    missed: FloatArray | float,
+    sizes: tuple[FloatArray, FloatArray],
+    shares: Shares,
     *,
     operand_bytes: float,
 ) -> FloatArray:
-    read = missed * load.active_experts * columns * inner + load.slots * inner
-    num_bytes = operand_bytes * read + ELEMENT_BYTES * load.slots * columns
+    """``tm``; ``shares`` of weights and of rows come from memory."""
+    columns, inner = sizes
+    missed, rows_share = shares
+    reads = load.row_tiles[..., TILE_ROWS.index(STREAMED_ROWS)]
+    reads = np.minimum(reads, np.sqrt(reads * parameters.shared_tiles))
+    reads = reads * np.minimum(np.ceil(columns / STREAMED_COLUMNS) / machine.compute_units, 1.0)
+    slab_bytes = operand_bytes * columns * inner
+    again = np.maximum(reads - load.active_experts, 0.0) * _cyclic_miss(slab_bytes / parameters.slab_bytes)
+    rows_bytes = load.slots * (operand_bytes * inner + ELEMENT_BYTES * columns)
+    num_bytes = (missed * load.active_experts + again) * slab_bytes + rows_share * rows_bytes
     return np.asarray(num_bytes / (machine.memory_bytes_per_s * parameters.memory_fraction))
 
 
@@ -280,11 +335,11 @@ def grouped_gemm_time_s(
     off by 5-6 / 14-17 % on held-out layers with more than 64 tokens per expert (median / 90th percentile; 4-5 / 11-14 %
     with them; L40S 9 / 29 %). Two other forms were tried on the same rows of A100, H100 and B200 and are worse: the
     dense GEMM surface with waves over all groups (10-29 / 22-42 %, mostly too fast) and the larger of the two (5-6 /
-    14-19 %; on B200 15 % too slow above 1,024 tokens per expert). Weights are never
-    found in the cache: in a step other layers' data has passed meanwhile.
+    14-19 %; on B200 15 % too slow above 1,024 tokens per expert). Neither weights nor rows are found in the cache: in a
+    step other layers' data has passed meanwhile.
     """
     load = _even_load(shape[0], groups)
-    return _grouped_gemm_s(parameters, machine, load, shape[1], shape[2], 1.0, operand_bytes=operand_bytes)
+    return _grouped_gemm_s(parameters, machine, load, shape[1:], UNCACHED, operand_bytes=operand_bytes)
 
 
 def _even_load(rows: FloatArray, groups: FloatArray) -> RankLoad:
@@ -333,7 +388,7 @@ def grouped_gemm_parts(
     """
     rows, columns, inner = shape
     load, power = _even_load(rows, groups), parameters.overlap_exponent
-    stream_s = float(_stream_s(parameters, machine, load, columns, inner, 1.0, operand_bytes=operand_bytes))
+    stream_s = float(_stream_s(parameters, machine, load, shape[1:], UNCACHED, operand_bytes=operand_bytes))
     latency_s = float(parameters.chunk_s * inner / CHUNK)
     found = []
     for tile in _tiles():
@@ -359,7 +414,8 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
     -------
     dict
         ``expert_tokens`` (per active expert), ``inter`` (local), ``hidden``, ``experts``, ``local_experts``,
-        ``active_experts``, ``tokens`` and ``unevenness``.
+        ``active_experts``, ``tokens``, ``slab`` (bytes of an expert's first matrices), ``working_set`` (bytes) and
+        ``unevenness``.
     """
     columns = {
         "expert_tokens": load.slots / np.maximum(load.active_experts, 1.0),
@@ -369,6 +425,8 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
         "local_experts": shapes.local_experts,
         "active_experts": load.active_experts,
         "tokens": shapes.tokens,
+        "slab": ELEMENT_BYTES * (shapes.projections - 1.0) * shapes.local_inter * shapes.hidden,
+        "working_set": _working_set(shapes, load, 1.0),
     }
     shape = np.broadcast_shapes(*(np.shape(column) for column in columns.values()))
     logs = {name: np.broadcast_to(np.log2(np.maximum(column, 1.0)), shape) for name, column in columns.items()}
@@ -412,12 +470,8 @@ def moe_time_s(surface: MoeTimeSurface, shapes: MoeShapes, load: RankLoad) -> Fl
         peak rate.
     """
     time_s = moe_formula_time_s(surface.parameters, surface.machine, shapes, load)
-    coordinates = moe_coordinates(shapes, load)
-    residual = np.zeros_like(time_s)
-    for grid in surface.grids:
-        corners = grid_corners(grid.knots, [coordinates[axis] for axis in grid.axes])
-        residual = residual + np.sum(grid.values.ravel()[corners.index] * corners.weight, axis=-1)
-    return np.asarray(np.maximum(time_s * np.exp(residual), moe_flops(shapes, load) / surface.machine.peak_flop_per_s))
+    ratio = np.exp(residual(surface.grids, moe_coordinates(shapes, load)))
+    return np.asarray(np.maximum(time_s * ratio, moe_flops(shapes, load) / surface.machine.peak_flop_per_s))
 
 
 def moe_half_widths(surface: MoeTimeSurface, time_s: FloatArray) -> FloatArray:
@@ -453,8 +507,4 @@ def is_in_moe_domain(surface: MoeTimeSurface, shapes: MoeShapes) -> BoolArray:
     ndarray of bool of shape (...,)
         False where a field leaves the fitted range.
     """
-    is_inside = np.asarray(True)
-    for name, (low, high) in surface.domain.items():
-        value = getattr(shapes, name)
-        is_inside = is_inside & (value >= low) & (value <= high)
-    return np.asarray(is_inside)
+    return is_within(surface.domain, shapes)

@@ -400,8 +400,12 @@ def carried_moe_surface(
     MoeTimeSurface
         With the interval of the source, which does not hold here.
     """
+    larger = machine.l2_cache_bytes / source.l2_cache_bytes
     parameters = replace(
-        surface.parameters, cache_bytes=surface.parameters.cache_bytes * machine.l2_cache_bytes / source.l2_cache_bytes
+        surface.parameters,
+        cache_bytes=surface.parameters.cache_bytes * larger,
+        pass_cache_bytes=surface.parameters.pass_cache_bytes * larger,
+        slab_bytes=surface.parameters.slab_bytes * larger,
     )
     if core is not None:
         parameters = replace(

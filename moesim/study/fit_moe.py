@@ -29,8 +29,8 @@ from moesim.cost.moe_surface import (
     moe_time_s,
 )
 from moesim.structure.columns import FloatArray, IntArray
-from moesim.study.fit_attention import PROBE_PAIRS, PROBE_STEP, GridProbes, fit_residual_grids
-from moesim.study.kernel_tables import fold_of_rows, half_widths_of_bins, log_bin_edges
+from moesim.study.fit_grids import PROBE_PAIRS, PROBE_STEP, GridProbes, fit_residual_grids, limits
+from moesim.study.kernel_tables import fold_of_rows
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -39,24 +39,32 @@ REMAINDERS: dict[str, Remainder] = {"a100_sxm": "busy_experts", "l40s": "spread_
 DOMAIN_FIELDS = ("tokens", "hidden", "local_inter", "experts_per_token", "num_experts", "expert")
 
 FIRST_GUESS = MoeParameters(
-    1.5e-5, 0.8, 0.92, 1.4, 5.0, 2e-7, 1.2e-6, 4.0, 1e-10, 1.0, 2e-8, 2e-9, 1e-5, 6e-9, 2.5e-11, 2e7
+    *(1.5e-5, 0.8, 0.92, 1.4, 5.0, 2e-7, 1.2e-6, 4.0, 1e-10, 1.0, 2e-8, 2e-9, 1e-5, 6e-9, 2.5e-11),
+    *(2e7, 0.4, 0.5, 3.0, 2e7, 2.0, 6e7, 20.0),
 )
-LOWER = MoeParameters(1e-6, 0.1, 0.4, 1.0, 0.0, 1e-9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e5)
-UPPER = MoeParameters(4e-5, 1.0, 1.0, 4.0, 80.0, 3e-6, 1e-5, 20.0, 5e-9, 30.0, 1e-6, 5e-8, 5e-5, 5e-8, 2e-10, 5e8)
+LOWER = MoeParameters(
+    *(1e-6, 0.1, 0.4, 1.0, 0.0, 1e-9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    *(1e5, 0.05, 0.0, 1.0, 1e4, 0.3, 1e6, 1.0),
+)
+UPPER = MoeParameters(
+    *(4e-5, 1.0, 1.0, 4.0, 80.0, 3e-6, 1e-5, 20.0, 5e-9, 30.0, 1e-6, 5e-8, 5e-5, 5e-8, 2e-10),
+    *(5e8, 4.0, 4.0, 20.0, 5e8, 8.0, 2e9, 1e3),
+)
 """Where the search starts and what it may not leave: physics (fractions of a peak) or far beyond every device."""
 
 GRID_AXES: tuple[tuple[str, ...], ...] = (
-    ("expert_tokens", "inter"),
+    ("expert_tokens", "slab"),
     ("expert_tokens", "experts"),
     ("expert_tokens", "unevenness"),
     ("expert_tokens", "hidden"),
     ("expert_tokens", "local_experts"),
-    ("local_experts", "inter"),
     ("tokens", "experts"),
+    ("working_set",),
 )
 KNOTS: dict[str, tuple[float, ...]] = {
-    "expert_tokens": (0, 3, 5, 6, 6.5, 7, 7.5, 8, 8.5, 9, 10, 12),
-    "inter": (5, 7, 9, 11, 13),
+    "expert_tokens": (0, 3, 5, 6, 6.5, 7, 7.5, 8, 9, 10, 12),
+    "slab": (18, 20, 22, 24, 26, 26.8, 27.3, 27.8, 28.6),
+    "working_set": (24, 26, 26.3, 26.6, 27, 27.5, 28, 30),
     "experts": (3, 7, 8, 9),
     "unevenness": (0.0, 0.3, 0.6),
     "hidden": (11, 12, 13),
@@ -65,7 +73,7 @@ KNOTS: dict[str, tuple[float, ...]] = {
 }
 """Binary logarithms (but for the unevenness); 289 values in all."""
 
-FORMULA_ROWS = 5000
+FORMULA_ROWS = 2500
 """Rows the formula is fitted on, drawn at random; more change nothing."""
 ROBUST_SCALE = 0.06
 FILTER_FACTOR = 1.3
@@ -259,14 +267,14 @@ def fit_moe(device: str, rows: MoeRows, machine: MoeMachine, *, has_grids: bool 
     Returns
     -------
     MoeTimeSurface
-        With an empty interval; :func:`with_moe_interval` adds one from held-out errors.
+        With an empty interval; :func:`~moesim.study.fit_grids.with_interval` adds one from held-out errors.
     """
     surface = MoeTimeSurface(
         device=device,
         machine=machine,
         parameters=_fit_formula(rows, machine),
         grids=(),
-        domain={name: _range(getattr(rows.shapes, name)) for name in DOMAIN_FIELDS},
+        domain={name: limits(getattr(rows.shapes, name)) for name in DOMAIN_FIELDS},
         remainder=REMAINDERS.get(device, "idle_experts"),
         interval_edges_s=np.empty(0),
         interval_half_widths=np.array([math.inf]),
@@ -280,8 +288,8 @@ def fit_moe(device: str, rows: MoeRows, machine: MoeMachine, *, has_grids: bool 
 
 
 def held_out_moe_times_s(
-    device: str, rows: MoeRows, machine: MoeMachine, folds: IntArray, is_fitted: BoolArray, *, has_grids: bool = True
-) -> FloatArray:
+    device: str, rows: MoeRows, machine: MoeMachine, folds: IntArray, is_fitted: BoolArray
+) -> tuple[FloatArray, FloatArray]:
     """Times of all rows, each predicted by a fit that did not see its fold.
 
     Parameters
@@ -296,45 +304,20 @@ def held_out_moe_times_s(
         Fold of every row.
     is_fitted : ndarray of bool of shape (n_rows,)
         Rows a fit may see; all rows are predicted.
-    has_grids : bool, optional
-        Whether to fit the grids too.
 
     Returns
     -------
-    ndarray of shape (n_rows,)
-        Seconds.
+    predicted_s, formula_s : ndarray of shape (n_rows,)
+        Seconds with the grids, and of the formula alone.
     """
-    predicted_s = np.empty_like(rows.time_s)
+    predicted_s, formula_s = np.empty_like(rows.time_s), np.empty_like(rows.time_s)
     for fold in np.unique(folds):
         is_out = folds == fold
-        surface = fit_moe(device, select_moe_rows(rows, ~is_out & is_fitted), machine, has_grids=has_grids)
+        surface = fit_moe(device, select_moe_rows(rows, ~is_out & is_fitted), machine)
         left_out = select_moe_rows(rows, is_out)
         predicted_s[is_out] = moe_time_s(surface, left_out.shapes, left_out.load)
-    return predicted_s
-
-
-def with_moe_interval(
-    surface: MoeTimeSurface, predicted_s: FloatArray, time_s: FloatArray, *, num_bins: int = 8
-) -> MoeTimeSurface:
-    """Give a surface its 90 % interval.
-
-    Parameters
-    ----------
-    surface : MoeTimeSurface
-        Fitted on all rows.
-    predicted_s, time_s : ndarray of shape (n_rows,)
-        Held-out predictions and measured times.
-    num_bins : int, optional
-        Bins of predicted time.
-
-    Returns
-    -------
-    MoeTimeSurface
-        The same with edges and half widths.
-    """
-    edges = log_bin_edges(predicted_s, num_bins)
-    widths = half_widths_of_bins(np.log(time_s / predicted_s), predicted_s, edges)
-    return replace(surface, interval_edges_s=edges, interval_half_widths=widths)
+        formula_s[is_out] = moe_time_s(replace(surface, grids=()), left_out.shapes, left_out.load)
+    return predicted_s, formula_s
 
 
 def _fit_formula(rows: MoeRows, machine: MoeMachine) -> MoeParameters:
@@ -355,7 +338,7 @@ def _fit_formula(rows: MoeRows, machine: MoeMachine) -> MoeParameters:
 
     bounds = (low / scale, high / scale)
     start = np.ones_like(scale)
-    found = least_squares(residuals, start, bounds=bounds, loss="cauchy", f_scale=ROBUST_SCALE, max_nfev=100)
+    found = least_squares(residuals, start, bounds=bounds, loss="cauchy", f_scale=ROBUST_SCALE, max_nfev=60)
     return MoeParameters(*(found.x * scale).tolist())
 
 
@@ -379,10 +362,6 @@ def _token_probes(surface: MoeTimeSurface, shapes: MoeShapes) -> GridProbes:
     index = np.arange(PROBE_PAIRS)
     log_time_s = np.log(moe_time_s(surface, probes, load))
     return GridProbes(moe_coordinates(probes, load), log_time_s, index, index + PROBE_PAIRS)
-
-
-def _range(values: FloatArray) -> tuple[float, float]:
-    return float(values.min()), float(values.max())
 
 
 def _codes(names: npt.NDArray[np.str_]) -> IntArray:

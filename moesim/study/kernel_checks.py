@@ -10,6 +10,7 @@ from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import FormatError, Problem, ScenarioError
 from moesim.study.fit_attention import DeviceFigures
 from moesim.study.kernel_tables import kernel_table_paths
+from moesim.study.kernel_transfer import write_transfer_validation
 from moesim.study.kernel_validation import (
     fit_gemm_tables,
     validate_gemm,
@@ -25,14 +26,14 @@ Validator = Callable[[Path, Path, Path | None, int], list[str]]
 def validate_kernel_tables(
     data: Path, reports: Path, *, operators: Sequence[str] = (), surfaces: Path | None = None, seed: int = 0
 ) -> list[str]:
-    """Fit on four fifths of the shapes, judge on the fifth, five times; write the reports.
+    """Fit on four fifths of the shapes, judge on the fifth, five times; then each device from the others.
 
     Parameters
     ----------
     data : Path
         Folder of ``<device>_<operator>_bf16.csv.gz`` tables.
     reports : Path
-        Folder of the reports, ``<operator>.md`` and ``.csv``.
+        Folder of the reports, ``<operator>.md`` and ``.csv``, and ``transfer.md``.
     operators : sequence of str, optional
         Only these; by default all there are.
     surfaces : Path, optional
@@ -59,9 +60,11 @@ def validate_kernel_tables(
     if not data.is_dir():
         message, remedy = f"{data} is not a folder", "give the folder of the kernel tables"
         raise FormatError([Problem(code="E-FMT-001", message=message, remedy=remedy, file=str(data))])
+    chosen = tuple(operators) or tuple(VALIDATORS)
     failures: list[str] = []
-    for name in operators or tuple(VALIDATORS):
+    for name in chosen:
         failures += [f"{name}: {failure}" for failure in VALIDATORS[name](data, reports, surfaces, seed)]
+    write_transfer_validation(data, chosen, reports=reports, surfaces=surfaces)
     return failures
 
 

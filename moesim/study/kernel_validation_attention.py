@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +17,16 @@ from moesim.study.fit_attention import (
     attention_shapes,
     fit_attention,
     held_out_attention_times_s,
-    with_interval,
+)
+from moesim.study.fit_grids import with_interval
+from moesim.study.kernel_reports import (
+    COVERAGE_RANGE,
+    LEVEL,
+    TABLE_SOURCE,
+    errors_text,
+    residual_document,
+    write_document,
+    write_table,
 )
 from moesim.study.kernel_tables import (
     ATTENTION_COLUMNS,
@@ -32,11 +38,8 @@ from moesim.study.kernel_tables import (
     read_kernel_table,
 )
 
-TABLE_SOURCE = "NVIDIA aiconfigurator kernel tables (Apache-2.0)"
 TOLERANCE = (0.035, 0.10)
 """Median and 90th percentile the issue asks of every device."""
-COVERAGE_RANGE = (0.85, 0.95)
-LEVEL = 0.9
 TRAINING_FLOPS = 1e9
 WORST_SHAPES = 8
 
@@ -88,7 +91,7 @@ def validate_attention(path: Path, device: str, figures: DeviceFigures, *, seed:
     table = read_kernel_table(path, ATTENTION_COLUMNS)
     shapes, time_s = attention_shapes(table), table["time_us"] * 1e-6
     folds = attention_folds(shapes, seed=seed)
-    predicted_s = held_out_attention_times_s(device, shapes, time_s, figures, folds)
+    predicted_s, formula_s = held_out_attention_times_s(device, shapes, time_s, figures, folds)
     return AttentionValidation(
         device=device,
         table_name=path.name,
@@ -96,7 +99,7 @@ def validate_attention(path: Path, device: str, figures: DeviceFigures, *, seed:
         shapes=shapes,
         time_s=time_s,
         predicted_s=predicted_s,
-        formula_s=held_out_attention_times_s(device, shapes, time_s, figures, folds, has_grids=False),
+        formula_s=formula_s,
         folds=folds,
         half_widths=conformal_half_widths(np.log(time_s / predicted_s), folds, sizes=predicted_s, level=LEVEL),
     )
@@ -207,8 +210,13 @@ def attention_report(validations: Sequence[AttentionValidation], *, seed: int) -
     for item in validations:
         found, large = item.statistics(), item.statistics(attention_groups(item)[">= 1 GFLOP"])
         verdict = "no" if any(problem.startswith(f"{item.device}:") for problem in problems) else "yes"
-        cells = [item.device, str(found.count), _errors(error_statistics(item.formula_s, item.time_s)), _errors(found)]
-        cells += [f"{found.bias:+.1%}", _errors(large), f"{item.interval_coverage:.1%}", verdict]
+        cells = [
+            item.device,
+            str(found.count),
+            errors_text(error_statistics(item.formula_s, item.time_s)),
+            errors_text(found),
+        ]
+        cells += [f"{found.bias:+.1%}", errors_text(large), f"{item.interval_coverage:.1%}", verdict]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## By kind of row", ""]
     names = list(dict.fromkeys(name for item in validations for name in attention_groups(item)))
@@ -216,7 +224,7 @@ def attention_report(validations: Sequence[AttentionValidation], *, seed: int) -
     for name in names:
         groups = [attention_groups(item) for item in validations]
         cells = [
-            _errors(item.statistics(group[name])) if name in group else "-"
+            errors_text(item.statistics(group[name])) if name in group else "-"
             for item, group in zip(validations, groups, strict=True)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -263,20 +271,7 @@ def attention_document(
         },
         "figures": asdict(validation.figures),
         "parameters": {name: float(f"{value:.6g}") for name, value in asdict(surface.parameters).items()},
-        "grids": [
-            {
-                "axes": list(grid.axes),
-                "knots": [axis.tolist() for axis in grid.knots],
-                "values": np.round(grid.values.ravel(), 5).tolist(),
-            }
-            for grid in surface.grids
-        ],
-        "domain": {name: list(limits) for name, limits in surface.domain.items()},
-        "interval": {
-            "level": LEVEL,
-            "edges_s": [float(f"{edge:.6g}") for edge in surface.interval_edges_s],
-            "half_widths": np.round(surface.interval_half_widths, 4).tolist(),
-        },
+        **residual_document(surface),
     }
 
 
@@ -326,23 +321,13 @@ def write_attention_validation(
     ]
     reports.mkdir(parents=True, exist_ok=True)
     (reports / "attention.md").write_text(attention_report(validations, seed=seed), encoding="utf-8")
-    rows = attention_summary(validations)
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    (reports / "attention.csv").write_text(stream.getvalue(), encoding="utf-8")
+    write_table(reports / "attention.csv", attention_summary(validations))
     if surfaces is not None:
         surfaces.mkdir(parents=True, exist_ok=True)
         for item in validations:
             document = attention_document(fit_validated_attention(item), item, seed=seed)
-            text = json.dumps(document, separators=(", ", ": ")) + "\n"
-            (surfaces / f"attention_{item.device}.json").write_text(text, encoding="utf-8")
+            write_document(surfaces / f"attention_{item.device}.json", document)
     return attention_problems(validations)
-
-
-def _errors(found: ErrorStatistics) -> str:
-    return f"{100 * found.median:.1f} / {100 * found.p90:.1f} %" if found.count else "-"
 
 
 def _worst_shapes(item: AttentionValidation) -> list[str]:
@@ -354,5 +339,5 @@ def _worst_shapes(item: AttentionValidation) -> list[str]:
     for index in np.argsort(medians)[::-1][:WORST_SHAPES]:
         found = item.statistics(row_shape.ravel() == index)
         sizes = " | ".join(f"{size:.0f}" for size in shapes[index])
-        lines.append(f"| {item.device} | {sizes} | {_errors(found)} | {found.bias:+.1%} |")
+        lines.append(f"| {item.device} | {sizes} | {errors_text(found)} | {found.bias:+.1%} |")
     return lines

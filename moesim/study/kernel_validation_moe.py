@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy.typing as npt
 
 from moesim.cost.moe_surface import MoeMachine, MoeTimeSurface, moe_flops
 from moesim.structure.columns import FloatArray, IntArray
+from moesim.study.fit_grids import with_interval
 from moesim.study.fit_moe import (
     REMAINDERS,
     MoeRows,
@@ -25,7 +23,15 @@ from moesim.study.fit_moe import (
     moe_folds,
     moe_rows,
     select_moe_rows,
-    with_moe_interval,
+)
+from moesim.study.kernel_reports import (
+    COVERAGE_RANGE,
+    LEVEL,
+    TABLE_SOURCE,
+    errors_text,
+    residual_document,
+    write_document,
+    write_table,
 )
 from moesim.study.kernel_tables import (
     MOE_COLUMNS,
@@ -39,11 +45,8 @@ from moesim.study.kernel_tables import (
 
 BoolArray = npt.NDArray[np.bool_]
 
-TABLE_SOURCE = "NVIDIA aiconfigurator kernel tables (Apache-2.0)"
 TOLERANCES = {"balanced": (0.04, 0.13), "power law": (0.05, 0.14), "> 64 tokens per expert": (0.06, 0.15)}
 """Median and 90th percentile the issue asks, on rows the filter keeps, ep <= 16 and t >= 16."""
-COVERAGE_RANGE = (0.85, 0.95)
-LEVEL = 0.9
 TRAINING_FLOPS = 1e9
 TRAINING_TOKENS = 64
 WORST_SHAPES = 8
@@ -108,7 +111,7 @@ def validate_moe(path: Path, device: str, machine: MoeMachine, *, seed: int = 0)
     is_broken = is_slower_than_harder_rows(rows)
     is_misscaled = is_slower_than_scaled_rows(rows) & ~is_broken
     folds, kept = moe_folds(rows, seed=seed), is_judged(rows) & ~is_broken & ~is_misscaled
-    predicted_s = held_out_moe_times_s(device, rows, machine, folds, kept)
+    predicted_s, formula_s = held_out_moe_times_s(device, rows, machine, folds, kept)
     half_widths = np.full_like(predicted_s, np.nan)
     log_errors = np.log(rows.time_s / predicted_s)
     half_widths[kept] = conformal_half_widths(log_errors[kept], folds[kept], sizes=predicted_s[kept], level=LEVEL)
@@ -120,7 +123,7 @@ def validate_moe(path: Path, device: str, machine: MoeMachine, *, seed: int = 0)
         is_broken=is_broken,
         is_misscaled=is_misscaled,
         predicted_s=predicted_s,
-        formula_s=held_out_moe_times_s(device, rows, machine, folds, kept, has_grids=False),
+        formula_s=formula_s,
         folds=folds,
         half_widths=half_widths,
     )
@@ -150,6 +153,7 @@ def moe_groups(validation: MoeValidation) -> dict[str, BoolArray]:
         "power law": judged & ~rows.is_balanced,
         "> 64 tokens per expert": judged & is_training,
         "> 64, balanced": judged & is_training & rows.is_balanced,
+        "> 64, more than 16 experts": judged & is_training & (rows.shapes.num_experts > 16),
         "> 512 tokens per expert": judged & (per_expert > 512),
         ">= 1 GFLOP": judged & (moe_flops(rows.shapes, rows.load) >= TRAINING_FLOPS),
         "balanced, first rule only": first_rule & rows.is_balanced,
@@ -263,7 +267,7 @@ def moe_report(validations: Sequence[MoeValidation], *, seed: int) -> str:
         verdict = "no" if any(problem.startswith(f"{item.device}:") for problem in problems) else "yes"
         dropped = f"{item.is_broken.mean():.1%}, {item.is_misscaled.mean():.1%}"
         cells = [item.device, str(item.folds.size), str(int(item.is_judged.sum())), dropped]
-        cells += [_errors(item.statistics(groups[name])) for name in names]
+        cells += [errors_text(item.statistics(groups[name])) for name in names]
         lines.append(f"| {' | '.join([*cells, f'{item.interval_coverage:.1%}', verdict])} |")
     lines += ["", "## By kind of row", "", "The second number pair is the formula alone, without residual grids.", ""]
     lines += [f"| rows | {' | '.join(item.device for item in validations)} |", "| --- |" + " --- |" * len(validations)]
@@ -272,7 +276,7 @@ def moe_report(validations: Sequence[MoeValidation], *, seed: int) -> str:
         for item in validations:
             is_kept = moe_groups(item)[name]
             formula = error_statistics(item.formula_s[is_kept], item.rows.time_s[is_kept])
-            cells.append(f"{_errors(item.statistics(is_kept))} ({_errors(formula)})" if formula.count else "-")
+            cells.append(f"{errors_text(item.statistics(is_kept))} ({errors_text(formula)})" if formula.count else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "## Worst shapes", "", "Whole left-out shapes, judged rows, with the largest median error.", ""]
     lines += ["| device | hidden | inter | topk | experts | tp | ep | median / 90th percentile | bias |"]
@@ -328,20 +332,7 @@ def moe_document(surface: MoeTimeSurface, validation: MoeValidation, *, seed: in
         "figures": asdict(validation.machine),
         "parameters": {name: float(f"{value:.6g}") for name, value in asdict(surface.parameters).items()},
         "remainder": surface.remainder,
-        "grids": [
-            {
-                "axes": list(grid.axes),
-                "knots": [axis.tolist() for axis in grid.knots],
-                "values": np.round(grid.values.ravel(), 5).tolist(),
-            }
-            for grid in surface.grids
-        ],
-        "domain": {name: list(limits) for name, limits in surface.domain.items()},
-        "interval": {
-            "level": LEVEL,
-            "edges_s": [float(f"{edge:.6g}") for edge in surface.interval_edges_s],
-            "half_widths": np.round(surface.interval_half_widths, 4).tolist(),
-        },
+        **residual_document(surface),
     }
 
 
@@ -360,7 +351,7 @@ def fit_validated_moe(validation: MoeValidation) -> MoeTimeSurface:
     """
     surface = fit_moe(validation.device, select_moe_rows(validation.rows, validation.is_judged), validation.machine)
     kept = validation.is_judged
-    return with_moe_interval(surface, validation.predicted_s[kept], validation.rows.time_s[kept])
+    return with_interval(surface, validation.predicted_s[kept], validation.rows.time_s[kept])
 
 
 def write_moe_validation(
@@ -392,23 +383,13 @@ def write_moe_validation(
     ]
     reports.mkdir(parents=True, exist_ok=True)
     (reports / "moe.md").write_text(moe_report(validations, seed=seed), encoding="utf-8")
-    table = moe_summary(validations)
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    (reports / "moe.csv").write_text(stream.getvalue(), encoding="utf-8")
+    write_table(reports / "moe.csv", moe_summary(validations))
     if surfaces is not None:
         surfaces.mkdir(parents=True, exist_ok=True)
         for item in validations:
             document = moe_document(fit_validated_moe(item), item, seed=seed)
-            text = json.dumps(document, separators=(", ", ": ")) + "\n"
-            (surfaces / f"moe_{item.device}.json").write_text(text, encoding="utf-8")
+            write_document(surfaces / f"moe_{item.device}.json", document)
     return moe_problems(validations)
-
-
-def _errors(found: ErrorStatistics) -> str:
-    return f"{100 * found.median:.1f} / {100 * found.p90:.1f} %" if found.count else "-"
 
 
 def _worst_shapes(item: MoeValidation) -> list[str]:
@@ -424,5 +405,5 @@ def _worst_shapes(item: MoeValidation) -> list[str]:
         is_shape = row_shape.ravel() == index
         found = error_statistics(predicted_s[is_shape], judged.time_s[is_shape])
         cells = " | ".join(f"{size:.0f}" for size in distinct[index])
-        lines.append(f"| {item.device} | {cells} | {_errors(found)} | {found.bias:+.1%} |")
+        lines.append(f"| {item.device} | {cells} | {errors_text(found)} | {found.bias:+.1%} |")
     return lines

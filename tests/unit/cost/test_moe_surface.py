@@ -76,11 +76,14 @@ def test_one_expert_by_hand():
     stream = machine.memory_bytes_per_s * p.memory_fraction
     compute = 2 * 16 * 64 * 64 * machine.compute_units * (1 + p.small_tile_cost * (1 / 16 + 1 / 64))
     compute /= machine.peak_flop_per_s * p.compute_fraction
-    missed = 1 / (1 + (p.cache_bytes / (2 * 64 * 64 * 2)) ** 16)
-    memory = 2 * (missed * 64 * 64 + 16 * 128) / stream
+    touched = 2 * (2 * 64 * 64 + p.activation_weight * (2 * 16 * 64 + 16 * (2 * 64 + 2 * 64)))
+    missed = min(max((touched / p.cache_bytes - 1) / p.cache_width, 0), 1)
+    spilled = 1 / (1 + (p.pass_cache_bytes / (4 * 16 * 64)) ** p.pass_sharpness)
+    rows = spilled + (1 - spilled) / p.cached_ratio
+    memory = 2 * (missed * 64 * 64 + rows * 16 * 128) / stream
     power = p.overlap_exponent
     gemm = (compute**power + memory**power + p.chunk_s**power) ** (1 / power) + p.wave_s
-    around = (p.slot_passes * 16 + p.token_passes * 16) * 2 * 64 / stream + p.slot_s * 16
+    around = rows * (p.slot_passes * 16 + p.token_passes * 16) * 2 * 64 / stream + p.slot_s * 16
     expected = p.fixed_s + p.expert_s + p.router_token_s * 16 + around + 2 * gemm
     found = moe_formula_time_s(p, machine, shapes, balanced_rank_load(shapes))
     assert float(found) == pytest.approx(expected, rel=1e-12)
@@ -105,6 +108,30 @@ def test_a_part_of_an_output_tile_costs_a_whole_one():
         for inter in (64, 65, 128)
     )
     assert whole < part == pytest.approx(fuller, rel=1e-12)
+
+
+def test_a_matrix_larger_than_the_cache_is_read_once_per_row_of_tiles():
+    # One expert, 28,672 x 4,096 up: 224 columns of tiles on 142 units, so every 64 rows read it anew: 235 MB.
+    surface = SURFACES["moe_l40s"]
+    parameters = replace(surface.parameters, shared_tiles=1e3, slab_bytes=1e7, overlap_exponent=1.0)
+    times_s = [
+        float(moe_formula_time_s(parameters, surface.machine, shapes, rank_load_of_counts(np.array([rows]))))
+        for rows, shapes in ((rows, layer(rows, 4096, 14336, 1, 1, 1, 1, 3)) for rows in (128.0, 192.0, 256.0))
+    ]
+    slab_s = 2 * 28672 * 4096 / (surface.machine.memory_bytes_per_s * parameters.memory_fraction)
+    assert times_s[1] - times_s[0] > slab_s
+    assert times_s[2] - times_s[1] > slab_s
+
+
+def test_a_layer_that_fits_the_cache_reads_no_weights_from_memory():
+    surface = SURFACES["moe_l40s"]
+    shapes = layer(16, 4096, 768, 1, 4, 1, 1, 3)  # 75 MB of weights
+    load = balanced_rank_load(shapes)
+    hit, none = (
+        float(moe_formula_time_s(replace(surface.parameters, cache_bytes=size), surface.machine, shapes, load))
+        for size in (96e6, 1e5)
+    )
+    assert none - hit > 0.5 * 75e6 / surface.machine.memory_bytes_per_s
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,14 +16,12 @@ from moesim.cost.attention_surface import (
 )
 from moesim.study.fit_attention import (
     DeviceFigures,
-    GridProbes,
     attention_folds,
     fit_attention,
-    fit_residual_grids,
     held_out_attention_times_s,
     select_shapes,
-    with_interval,
 )
+from moesim.study.fit_grids import GridProbes, fit_residual_grids, with_interval
 from moesim.study.kernel_tables import error_statistics
 from moesim.study.kernel_validation_attention import write_attention_validation
 
@@ -82,8 +80,8 @@ def test_a_fold_is_predicted_without_its_rows():
     folds = attention_folds(SHAPES)
     is_out = folds == folds[0]
     tampered = np.where(is_out, 3.0 * TIME_S, TIME_S)
-    honest = held_out_attention_times_s("planted", SHAPES, TIME_S, FIGURES, folds, has_grids=False)
-    after = held_out_attention_times_s("planted", SHAPES, tampered, FIGURES, folds, has_grids=False)
+    _, honest = held_out_attention_times_s("planted", SHAPES, TIME_S, FIGURES, folds)
+    _, after = held_out_attention_times_s("planted", SHAPES, tampered, FIGURES, folds)
     assert (after[is_out] == honest[is_out]).all()
     assert (after[~is_out] != honest[~is_out]).any()
 

@@ -25,7 +25,8 @@ from moesim.study.kernel_validation_moe import write_moe_validation
 
 MACHINE = MoeMachine(1e15, 3e12, 128.0)
 PLANTED = MoeParameters(
-    1.2e-5, 0.7, 0.9, 1.5, 4.0, 1.5e-7, 1e-6, 3.5, 2e-10, 1.2, 3e-8, 2.5e-9, 1.2e-5, 8e-9, 2e-11, 1e7
+    *(1.2e-5, 0.7, 0.9, 1.5, 4.0, 1.5e-7, 1e-6, 3.5, 2e-10, 1.2, 3e-8, 2.5e-9, 1.2e-5, 8e-9, 2e-11),
+    *(1e7, 0.3, 0.6, 3.5, 1e7, 2.5, 3e7, 15.0),
 )
 MODELS = [(2048, 768, 8, 128), (4096, 1536, 8, 128), (6144, 2048, 8, 256), (4096, 14336, 2, 8)]
 TOKENS = (1, 16, 64, 256, 1024, 2048, 4096, 16384)
@@ -93,7 +94,8 @@ def test_the_second_rule_flags_a_smooth_block_whose_neighbours_are_broken_too():
     )
     load = balanced_rank_load(smaller)
     rows = MoeRows(smaller, load, np.full(broken.size, "balanced"), ROWS.kernel, ROWS.time_s)
-    rows = replace(rows, time_s=moe_formula_time_s(PLANTED, MACHINE, smaller, load))
+    uncached = replace(PLANTED, cache_bytes=1e5, pass_cache_bytes=1e4, slab_bytes=1e10)
+    rows = replace(rows, time_s=moe_formula_time_s(uncached, MACHINE, smaller, load))
     part = select_moe_rows(rows, (rows.shapes.hidden != 2048) & (rows.shapes.tensor >= 2) | ~broken)
     slow = (part.shapes.hidden == 8192) & (part.shapes.tensor == 4) & (part.shapes.expert == 1)
     flagged = is_slower_than_scaled_rows(replace(part, time_s=part.time_s * np.where(slow, 6.0, 1.0)))
@@ -111,8 +113,8 @@ def test_a_fold_is_predicted_without_its_rows():
     folds = moe_folds(ROWS)
     is_out, everything = folds == folds[0], np.full(folds.shape, True)
     tampered = with_times(np.where(is_out, 3.0 * ROWS.time_s, ROWS.time_s))
-    honest = held_out_moe_times_s("planted", ROWS, MACHINE, folds, everything, has_grids=False)
-    after = held_out_moe_times_s("planted", tampered, MACHINE, folds, everything, has_grids=False)
+    _, honest = held_out_moe_times_s("planted", ROWS, MACHINE, folds, everything)
+    _, after = held_out_moe_times_s("planted", tampered, MACHINE, folds, everything)
     assert (after[is_out] == honest[is_out]).all()
     assert (after[~is_out] != honest[~is_out]).any()
 

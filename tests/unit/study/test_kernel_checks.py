@@ -44,7 +44,7 @@ def test_the_command_writes_reports_and_says_which_targets_were_missed(
     out = tmp_path / "reports"
     code = main(["validate", "kernels", "--data", str(tables), "--out", str(out), "--operator", "gemm"])
     printed = capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"gemm.md", "gemm.csv"}
+    assert {path.name for path in out.iterdir()} == {"gemm.md", "gemm.csv", "transfer.md"}
     assert "h100_sxm" in printed
     assert (code == 0) == printed.rstrip().endswith("Missed targets: none")
     assert code in (0, 1)

@@ -15,6 +15,16 @@ ATTENTION = "batch_size,isl,num_heads,num_key_value_heads,head_dim,pass,is_causa
 )
 
 
+MOE_HEADER = (
+    "framework,num_tokens,hidden_size,inter_size,topk,num_experts,moe_tp_size,moe_ep_size,distribution,kernel_source\n"
+)
+MOE = MOE_HEADER + "".join(
+    f"TRTLLM,{tokens},4096,1536,8,128,1,8,{router},moe_torch_flow_cutlass\n"
+    for router in ("balanced", "power_law_1.01", "power_law_1.2")
+    for tokens in (64, 1024, 16384)
+)
+
+
 def predicted(tmp_path: Path, operator: str, device: str, text: str) -> list[dict[str, str]]:
     source, target = tmp_path / "shapes.csv", tmp_path / "predictions.csv"
     source.write_text(text, encoding="utf-8")
@@ -53,6 +63,58 @@ def test_gradients_are_the_same_products_in_another_order(tmp_path: Path) -> Non
     times = [row["predicted_us"] for row in predicted(tmp_path, "gemm", "a800_sxm", text)]
     assert times[0] == times[1]
     assert times[2] == times[3]
+
+
+def test_a_skewed_router_costs_more_than_a_balanced_one(tmp_path: Path) -> None:
+    rows = predicted(tmp_path, "moe", "h200_sxm", MOE)
+    assert next(iter(rows[0])) == "framework"
+    assert {row["source"] for row in rows} == {"fitted"}
+    times = [float(row["predicted_us"]) for row in rows]
+    balanced, mild, steep = times[0:3], times[3:6], times[6:9]
+    assert all(even < little < much for even, little, much in zip(balanced[1:], mild[1:], steep[1:], strict=True))
+    for row in rows:
+        assert 0 < float(row["low_us"]) < float(row["predicted_us"]) < float(row["high_us"])
+
+
+def test_layers_outside_what_was_measured_are_extrapolated_with_wider_intervals(tmp_path: Path) -> None:
+    text = MOE_HEADER + "".join(f"x,{tokens},4096,1536,8,128,1,8,balanced,\n" for tokens in (16384, 1 << 20))
+    inside, outside = predicted(tmp_path, "moe", "h100_sxm", text)
+    assert (inside["source"], outside["source"]) == ("fitted", "extrapolated")
+    widths = [float(row["high_us"]) / float(row["predicted_us"]) for row in (inside, outside)]
+    assert widths[1] > widths[0]
+
+
+def test_layers_of_devices_without_tables_are_transferred(tmp_path: Path) -> None:
+    assert {row["source"] for row in predicted(tmp_path, "moe", "v100_sxm2_32gb", MOE)} == {"transferred"}
+    assert {row["source"] for row in predicted(tmp_path, "attention", "tpu_v4", ATTENTION)} == {"transferred"}
+
+
+def test_experts_without_a_gate_cost_less_and_sizes_may_be_written_as_decimals(tmp_path: Path) -> None:
+    rows = [f"x,1024.0,4096,1536,8.0,128,1,8,balanced,{kernel}\n" for kernel in ("moe_torch_flow_nongated", "other")]
+    ungated, gated = predicted(tmp_path, "moe", "b200_sxm", MOE_HEADER + "".join(rows))
+    assert float(ungated["predicted_us"]) < float(gated["predicted_us"])
+
+
+def test_all_problems_of_a_layer_are_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "layers.csv", tmp_path / "out.csv"
+    source.write_text(
+        MOE_HEADER + "x,64,4096,1536,9,8,1,1,balanced,\nx,64,4096,1536,2,8,1,3,zipf,\nx,64,4096,1536,2,8,1\n",
+        encoding="utf-8",
+    )
+    arguments = ["--device", "h100_sxm", "--input", str(source), "--output", str(target)]
+    assert main(["predict", "moe", *arguments]) == 2
+    assert "7 values under a header of 10" in capsys.readouterr().err
+    source.write_text(source.read_text(encoding="utf-8").rsplit("x,", 1)[0], encoding="utf-8")
+    assert main(["predict", "moe", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert all(said in err for said in ("topk is above num_experts", "no multiple of moe_ep_size", "zipf"))
+    assert not target.exists()
+
+
+def test_an_empty_table_gives_an_empty_answer(tmp_path: Path) -> None:
+    assert predicted(tmp_path, "gemm", "h100_sxm", "m,n,k\n") == []
+    assert predicted(tmp_path, "moe", "h100_sxm", MOE_HEADER) == []
+    assert predicted(tmp_path, "attention", "h100_sxm", ATTENTION.split("\n", 1)[0] + "\n") == []
 
 
 @pytest.mark.parametrize(
