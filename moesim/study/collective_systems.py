@@ -16,7 +16,6 @@ BITS_PER_BYTE = 8.0
 NVL72_DEVICES = 72
 NCCL_WITH_PROTOCOLS = (2, 5)
 """The first NCCL whose tuner chooses among LL, LL128 and Simple as it does now."""
-OFTEN_SHARED_NICS = 8
 
 DEVICE_RULES: tuple[tuple[str, str, float], ...] = (
     (r"PCI|L40|RTX|L4\b|T4|A10\b|A40|A6000|NVL\b", "pcie_host", 32.0),
@@ -210,6 +209,8 @@ def _reason_apart(row: Mapping[str, str], facts: SystemFacts) -> str:
         return "GCD pairs: no system in good order"
     if facts.network in ("tcpx", "tcpxo", "slingshot", "tencent"):
         return f"network {facts.network} was never measured in good order"
+    if "forced" in row["topology"]:
+        return "forced algorithm"
     if re.search(r"SHARP", row["topology"]):
         return "reduction in the network's switches is not modelled"
     if re.search(r"NVSHMEM|raw RDMA|perftest|nvbandwidth|cuda-samples", row["library_version"]):
