@@ -165,8 +165,26 @@ def _protocol(constants: ProtocolConstants | None, hop_s: float) -> Protocol | N
     )
 
 
+REMEMBERED_CASES = 16
+"""Tables of no more cases are looked up among those priced before."""
+REMEMBERED_TIMES = 1024
+
+
 def collective_time(work: Collective, fabric: FabricRates) -> CollectiveTime:
     """Time of a collective of equal groups that all run at once; zero for groups of one rank or no bytes."""
+    if work.num_bytes.size > REMEMBERED_CASES or work.group.size.size > REMEMBERED_CASES:
+        return _collective_time(work, fabric)
+    arrays = (work.num_bytes, work.group.size, work.group.stride)
+    key = (work.kind, work.copies, *((array.shape, array.tobytes()) for array in arrays))
+    known = fabric.known_times
+    if key not in known:
+        if len(known) >= REMEMBERED_TIMES:
+            known.clear()
+        known[key] = _collective_time(work, fabric)
+    return known[key]
+
+
+def _collective_time(work: Collective, fabric: FabricRates) -> CollectiveTime:
     extents = group_extents(work.group, fabric.sizes)
     shape = np.broadcast_shapes(extents.shape[1:], work.num_bytes.shape)
     num_bytes = work.num_bytes
