@@ -7,7 +7,7 @@ plan are treated together. One scenario is a table of one row: there is no other
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -115,13 +115,15 @@ def evaluate(system: System, columns: Columns) -> Iterator[PlanEvaluation]:
     """Evaluate resolved, legal rows, one stage plan after the other."""
     sequence = layer_sequence(system.scenario.model)
     layers = layer_cases(system.scenario, system.stack, sequence, columns, system.hardware, system.load_factor)
+    is_training = system.scenario.workload.kind == "training"
+    planned = sequence if is_training else replace(sequence, mtp_layers=0)  # inference predicts one token at a time
     joint, size = columns.joint_code(("stages", "virtual_stages"))
     shapes = distinct_codes(joint, size)
     for index, first in enumerate(shapes.rows):
         rows = np.flatnonzero(shapes.inverse == index)
         stages, virtual = int(columns["stages"][first]), int(columns["virtual_stages"][first])
         given = system.scenario.parallelism.pipeline.layers_per_stage
-        plan = stage_plan(sequence, stages, virtual, tuple(given) if given else None)
+        plan = stage_plan(planned, stages, virtual, tuple(given) if given else None)
         part = columns if len(rows) == len(columns) else columns.take(rows)
         yield _evaluate_plan(system, sequence, plan, part, rows, layers)
 

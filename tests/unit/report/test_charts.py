@@ -97,7 +97,7 @@ def test_chart_of_what_does_not_fit_says_so(tmp_path: Path) -> None:
     loaded = load("m6t_1t_v100x480", assignments=assignments, library=HardwareLibrary())
     write_memory_chart(loaded, tmp_path / "chart.html")
     text = " ".join(Tags((tmp_path / "chart.html").read_text(encoding="utf-8")).text)
-    assert "Does not fit: the fullest device needs 12.14 GiB more than the 31.74 GiB it can use." in text
+    assert "Does not fit: the fullest device needs 12.04 GiB more than the 31.74 GiB it can use." in text
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:

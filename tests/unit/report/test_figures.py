@@ -105,7 +105,7 @@ def test_deficit_is_drawn_and_said(too_large: LoadedScenario) -> None:
     assert list(difference.y) == [MISSING_ROW]
     assert difference.x[0] * GIB == pytest.approx(answer.memory.deficit)
     assert difference.base[0] * GIB == pytest.approx(answer.memory.capacity)
-    assert "does not fit, 12.14 GiB are missing" in figure.layout.title.text
+    assert "does not fit, 12.04 GiB are missing" in figure.layout.title.text
 
 
 def test_scaling_traces_hold_the_legal_points() -> None:

@@ -352,9 +352,9 @@ def test_tensor_ranks_share_key_value_heads_until_there_is_one_each(shipped: Shi
 
 
 def test_the_latent_cache_by_hand(shipped: Shipped) -> None:
-    """DeepSeek-V3: 512 + 64 numbers per token and layer, 120 sequences per rank; 3, 4, ..., 4, 3, 3 layers."""
+    """DeepSeek-V3: 512 + 64 numbers per token and layer, 120 sequences per rank; 4, ..., 4, 1 layers."""
     growth = cache_growth(shipped, DEEPSEEK, 1000)
-    layers = np.array([3] + [4] * 13 + [3] * 2)
+    layers = np.array([4] * 15 + [1])
     assert growth == pytest.approx(layers * 120 * 1000 * (512 + 64) * 2, rel=1e-9)
 
 
