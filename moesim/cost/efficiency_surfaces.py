@@ -39,6 +39,7 @@ class DeviceRates:
     traffic_fraction: float
     traffic_fixed_s: float
     compute_units: float
+    clock_in_step: float = 1.0
     gemm_in_step: float = 1.0
     surfaces: FittedSurfaces = NO_SURFACES
 
