@@ -54,6 +54,23 @@ class Incidence:
         """First entry of each flow, shape (n_flows,)."""
         return run_starts(self.flow)
 
+    @cached_property
+    def padded_links(self) -> IntArray:
+        """Links of each flow in a column, ``num_links`` below them: shape (most links of a flow, n_flows).
+
+        Minima down such columns take a third of the time of ``reduceat``.
+        """
+        place = np.arange(len(self.flow)) - self.starts[self.flow]
+        padded = np.full((int(place.max(initial=-1)) + 1, self.num_flows), self.num_links)
+        padded[place, self.flow] = self.link
+        return padded
+
+    def least_level(self, level: FloatArray) -> FloatArray:
+        """Lowest level (n_links,) on each flow's links, shape (n_flows,)."""
+        if not len(self.flow):
+            return np.zeros(0)
+        return np.asarray(np.append(level, np.inf)[self.padded_links].min(axis=0))
+
     def links_of(self, flows: IntArray) -> IntArray:
         """Links that some flows cross, with repetitions."""
         end = np.append(self.starts, len(self.flow))[1:]
