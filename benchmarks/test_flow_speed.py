@@ -1,6 +1,7 @@
 """How long the flow engine takes, and what its answers are: ``python -m pytest benchmarks/test_flow_speed.py``.
 
-``--benchmark-enable`` measures, checks the times asked for and prints them. SimGrid is compared where it is installed.
+``--benchmark-enable`` measures and prints beside what was asked for: wall time, and time of the processor on a busy
+machine. SimGrid is compared where it is installed. Nothing here fails for being slow.
 """
 
 from __future__ import annotations
@@ -34,49 +35,64 @@ def rails(num_devices: int) -> Topology:
     return hierarchy("h100_sxm", node("nvswitch3", 8, "450 GB/s"), fabric)
 
 
-def report(benchmark: Any, capsys: pytest.CaptureFixture[str], text: str) -> None:
-    if benchmark.enabled:
-        median = benchmark.stats.stats.median
-        with capsys.disabled():
-            sys.stdout.write(f"\n{text}: {median:.3g} s\n")
+class Meter:
+    """Runs a case once, measured if enabled; memory in a second run, since watching it costs time."""
+
+    def __init__(self, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        self.benchmark, self.capsys = benchmark, capsys
+
+    def run(self, text: str, function: Callable[[], FlowResult], asked_s: float) -> FlowResult:
+        small = torus("tpu_v5e", [4], [True])  # imports are not what is measured
+        uniform_all_to_all(small, RankPattern(len(small.graph), 4), 1.0)
+        begin = time.process_time()
+        result: FlowResult = self.benchmark.pedantic(function, rounds=1)
+        processor_s = time.process_time() - begin
+        if self.benchmark.enabled:
+            tracemalloc.start()
+            function()
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < MEMORY_LIMIT
+            wall_s = self.benchmark.stats.stats.median
+            bound = f", error bound {result.error_bound:.2%}" if result.error_bound else ""
+            self.benchmark.extra_info |= {"peak_bytes": peak, "processor_s": processor_s, "asked_s": asked_s}
+            with self.capsys.disabled():
+                sys.stdout.write(
+                    f"\n{text}: {wall_s:.2f} s ({processor_s:.2f} s of processor; asked for: {asked_s:g} s), "
+                    f"{result.num_flow_classes:,} classes of flows, {result.num_events:,} events, "
+                    f"{peak / 2**20:,.0f} MiB{bound}\n"
+                )
+        return result
 
 
-def measured(benchmark: Any, function: Callable[[], FlowResult], limit_s: float) -> FlowResult:
-    """Run once, measured if enabled; memory in a second run, since watching it costs time."""
-    result: FlowResult = benchmark.pedantic(function, rounds=1)
-    if benchmark.enabled:
-        tracemalloc.start()
-        function()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        benchmark.extra_info |= {"peak_bytes": peak, "events": result.num_events, "limit_s": limit_s}
-        assert peak < MEMORY_LIMIT
-        assert benchmark.stats.stats.median < limit_s
-    return result
+@pytest.fixture
+def meter(benchmark, capsys):
+    return Meter(benchmark, capsys)
 
 
 @pytest.mark.benchmark(group="uniform all-to-all, exact")
-def test_two_thousand_chips_of_a_closed_torus(benchmark, capsys):
+def test_two_thousand_chips_of_a_closed_torus(meter):
     def run() -> FlowResult:
         topology = torus("tpu_v5e", [32, 64], [True, True])
+        assert len(topology.graph) == 2048
         return uniform_all_to_all(topology, RankPattern(2048, 2048), 1e5)
 
-    result = measured(benchmark, run, limit_s=1.0)
+    result = meter.run("uniform all-to-all, 2,048-node torus, exact, graph included", run, asked_s=1.0)
     # The longer axis sets the time: 64 / 8 of a chip's 2,048 messages cross each of its links; 16 + 32 hops of 1 us.
     assert result.makespan_s == pytest.approx(2048 * 1e5 * 64 / 8 / 80e9 + 48e-6, rel=1e-9)
-    report(benchmark, capsys, "uniform all-to-all, 2,048-node torus, graph included")
 
 
 @pytest.mark.benchmark(group="uniform all-to-all, exact")
-def test_sixteen_thousand_gpus_on_rails(benchmark, capsys):
+def test_sixteen_thousand_gpus_on_rails(meter):
     def run() -> FlowResult:
         topology = rails(16384)
         assert len(topology.graph) > 16384
         return uniform_all_to_all(topology, RankPattern(16384, 16384), 1e4)
 
-    result = measured(benchmark, run, limit_s=5.0)
-    assert result.makespan_s == pytest.approx((16384 - 8) * 1e4 / 50e9, rel=0.01)
-    report(benchmark, capsys, "uniform all-to-all, 16,384 GPUs on a rail-optimised fat-tree, graph included")
+    text = "uniform all-to-all, 16,384 GPUs on a rail-optimised fat-tree, exact, graph included"
+    result = meter.run(text, run, asked_s=5.0)
+    # A NIC sends what leaves its node; forwarding to the rail (0.7 us) and the network (2.7 us) are on the longest way.
+    assert result.makespan_s == pytest.approx((16384 - 8) * 1e4 / 50e9 + 3.4e-6, rel=1e-9)
 
 
 def same_for_all(number: int) -> np.ndarray:
@@ -89,32 +105,25 @@ def drawn_for_each(number: int) -> np.ndarray:
     return np.random.default_rng(1).dirichlet(np.ones(number), size=number) * number * 1e6
 
 
-def size_of(benchmark: Any, full: int) -> int:
-    """Ranks: all of them when measured, fewer in a test."""
-    return full if benchmark.enabled else 48
-
-
 @pytest.mark.benchmark(group="all-to-all-v")
-def test_every_rank_sends_the_same_uneven_distribution_exact(benchmark, capsys):
-    number = size_of(benchmark, 256)
-    topology = rails(256)
-    result = measured(benchmark, lambda: all_to_all_v(topology, np.arange(number), same_for_all(number)), limit_s=10.0)
+def test_every_rank_sends_the_same_uneven_distribution(meter):
+    number = 256 if meter.benchmark.enabled else 48
+    topology, matrix = rails(256), same_for_all(number)
+    text = f"all-to-all-v of {number} GPUs, the same distribution for all sources, exact"
+    result = meter.run(text, lambda: all_to_all_v(topology, np.arange(number), matrix), asked_s=10.0)
     assert result.error_bound == 0.0
-    report(benchmark, capsys, f"all-to-all-v of {number} GPUs, same distribution for all sources, exact")
 
 
 @pytest.mark.benchmark(group="all-to-all-v")
-def test_every_rank_draws_its_own_distribution_ends_merged(benchmark, capsys):
-    number = size_of(benchmark, 256)
+def test_every_rank_draws_its_own_distribution(meter):
+    number = 256 if meter.benchmark.enabled else 48
     topology, matrix = rails(256), drawn_for_each(number)
 
     def run() -> FlowResult:
         return all_to_all_v(topology, np.arange(number), matrix, merge_within=MERGE_WITHIN)
 
-    result = measured(benchmark, run, limit_s=10.0)
-    assert result.error_bound < 0.005
     text = f"all-to-all-v of {number} GPUs, a draw per source, ends within {MERGE_WITHIN:.1%} merged"
-    report(benchmark, capsys, f"{text}, error bound {result.error_bound:.2%}")
+    assert meter.run(text, run, asked_s=10.0).error_bound < 0.005
 
 
 def simgrid_case(number: int) -> tuple[Topology, Flows]:

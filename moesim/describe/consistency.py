@@ -141,6 +141,13 @@ def hardware_mismatches(scenario: Scenario, device: Device, cluster: Cluster, st
         )
     fabric = cluster.fabric
     tiers = {"torus"} if isinstance(fabric, TorusFabric) else {level.tier for level in fabric.levels}
+    if isinstance(fabric, TorusFabric) and fabric.pods and scenario.devices > cluster.device_count // fabric.pods.count:
+        yield Inconsistency(
+            "E-SCN-011",
+            "devices",
+            f"{scenario.devices} devices span several pods of cluster {cluster.id}, which estimates do not know yet",
+            f"use at most the {cluster.device_count // fabric.pods.count} devices of one pod",
+        )
     missing = sorted(tiers - set(stack.collectives))
     if missing:
         yield Inconsistency(

@@ -166,8 +166,19 @@ class HierarchicalFabric(Description):
     levels: Annotated[list[LinkLevel], Field(min_length=1)]
 
 
+class PodNetwork(Description):
+    """Several equal tori joined by a data-centre network; ``bandwidth_per_device`` one direction, all active."""
+
+    count: Count
+    bandwidth_per_device: BandwidthFigure
+    latency: DurationFigure
+
+
 class TorusFabric(Description):
-    """A 1D, 2D or 3D torus or mesh of chips; each chip holds ``devices_per_chip`` devices of the profile."""
+    """A 1D, 2D or 3D torus or mesh of chips; each chip holds ``devices_per_chip`` devices of the profile.
+
+    With ``pods`` there are several of them, each with these dimensions.
+    """
 
     kind: Literal["torus"]
     dimensions: Annotated[list[Count], Field(min_length=1, max_length=3)]
@@ -175,6 +186,7 @@ class TorusFabric(Description):
     link_bandwidth: BandwidthFigure
     hop_latency: DurationFigure
     on_chip_bandwidth: BandwidthFigure | None = None
+    pods: PodNetwork | None = None
 
 
 class Cluster(Description):

@@ -54,6 +54,30 @@ class Incidence:
         """First entry of each flow, shape (n_flows,)."""
         return run_starts(self.flow)
 
+    @cached_property
+    def padded_links(self) -> IntArray:
+        """Links of each flow in a column, ``num_links`` below them: shape (most links of a flow, n_flows).
+
+        Minima down such columns take a third of the time of ``reduceat``.
+        """
+        place = np.arange(len(self.flow)) - self.starts[self.flow]
+        padded = np.full((int(place.max(initial=-1)) + 1, self.num_flows), self.num_links)
+        padded[place, self.flow] = self.link
+        return padded
+
+    def least_level(self, level: FloatArray) -> FloatArray:
+        """Lowest level (n_links,) on each flow's links, shape (n_flows,)."""
+        if not len(self.flow):
+            return np.zeros(0)
+        return np.asarray(np.append(level, np.inf)[self.padded_links].min(axis=0))
+
+    def links_of(self, flows: IntArray) -> IntArray:
+        """Links that some flows cross, with repetitions."""
+        end = np.append(self.starts, len(self.flow))[1:]
+        length = end[flows] - self.starts[flows]
+        first = np.repeat(self.starts[flows] - np.cumsum(length) + length, length)
+        return self.link[first + np.arange(len(first))]
+
     def load(self, rate: FloatArray) -> FloatArray:
         """Load of each link, (n_links,) bytes/s, at rates (n_flows,)."""
         return sums(self.link, self.weight * rate[self.flow], self.num_links)
@@ -138,8 +162,21 @@ def max_min_allocation(incidence: Incidence, capacity: FloatArray) -> Allocation
     return Allocation(rate, bottleneck)
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """How far rates are from max-min fair (0 if they are, relative), and the link that holds each flow (n_flows,)."""
+
+    slack: float
+    bottleneck: IntArray
+
+
 def bottleneck_slack(incidence: Incidence, capacity: FloatArray, rate: FloatArray) -> float:
-    """How far rates are from max-min fair: 0 if they are, relative.
+    """How far rates are from max-min fair: 0 if they are, relative; see ``max_min_certificate``."""
+    return max_min_certificate(incidence, capacity, rate).slack
+
+
+def max_min_certificate(incidence: Incidence, capacity: FloatArray, rate: FloatArray) -> Certificate:
+    """Judge rates, however they were found.
 
     The certificate: no link carries more than it can, and every flow crosses a link that is full and on which no flow
     is faster. The slack of a flow is the least over its links of the larger of the link's idle part and the
@@ -155,7 +192,7 @@ def bottleneck_slack(incidence: Incidence, capacity: FloatArray, rate: FloatArra
         Bytes/s of each flow.
     """
     if not len(incidence.flow):
-        return 0.0
+        return Certificate(0.0, np.zeros(0, np.int64))
     filled = incidence.load(rate) / capacity
     own = rate[incidence.flow]
     fastest = np.zeros(incidence.num_links)
@@ -163,8 +200,11 @@ def bottleneck_slack(incidence: Incidence, capacity: FloatArray, rate: FloatArra
     fastest_here = fastest[incidence.link]
     lead = 1.0 - np.divide(own, fastest_here, out=np.ones_like(own), where=fastest_here > 0)
     slack = np.maximum(1.0 - filled[incidence.link], lead)
-    worst = float(np.minimum.reduceat(slack, incidence.starts).max())
-    return max(worst, float(filled.max()) - 1.0, 0.0)
+    least = np.minimum.reduceat(slack, incidence.starts)
+    holds = slack == least[incidence.flow]
+    bottleneck = np.zeros(incidence.num_flows, np.int64)
+    bottleneck[incidence.flow[holds]] = incidence.link[holds]
+    return Certificate(max(float(least.max()), float(filled.max()) - 1.0, 0.0), bottleneck)
 
 
 def run_starts(numbers: IntArray) -> IntArray:

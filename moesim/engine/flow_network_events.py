@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.engine.flow_network import Allocation, BoolArray, bottleneck_slack
+from moesim.engine.flow_network import Allocation, BoolArray, Incidence, max_min_certificate
 from moesim.engine.flow_network_updates import updated_allocation
 from moesim.errors import SimulationError
 from moesim.structure.columns import FloatArray, IntArray
@@ -76,7 +76,7 @@ def transmit(classes: FlowClasses, *, merge_within: float = 0.0, observer: Obser
         Flows and links.
     merge_within : float
         0 for exact events. Else ends within this part of the ideal time (that of the busiest link, always full) are
-        one event while more than 256 classes are active: see ``_Run.merge``. Only for flows of one batch.
+        one event while more than 256 classes are active: see ``_Run._merge``. Only for flows of one batch.
     observer : callable, optional
         Sees every interval.
 
@@ -110,7 +110,7 @@ class _Run:
         self.active = np.zeros(0, np.int64)
         self.remaining, self.rate = np.zeros(0), np.zeros(0)
         self.bottleneck = np.zeros(0, np.int64)
-        self.entries = classes.incidence.only(np.zeros(num_flows, np.bool_))
+        self._entries, self._entry_flows = classes.incidence, np.arange(num_flows)
         self.is_current = self.tries_certificate = True
         self.num_events = self.num_solutions = 0
         for batch in np.flatnonzero(classes.batch_after < 0):
@@ -160,9 +160,10 @@ class _Run:
         """
         until = min(self.now + self.window_s, self._begin_of_waiting())
         is_done = ends <= until
-        if until <= first_end * (1.0 + SAME_TIME) or (ends[is_done] <= first_end * (1.0 + SAME_TIME)).all():
+        is_one_event = bool((ends[is_done] <= first_end * (1.0 + SAME_TIME)).all())
+        if is_one_event or is_done.all() or until <= first_end * (1.0 + SAME_TIME):
             return False
-        entries, capacity, length = self.entries, self.classes.capacity, until - self.now
+        entries, capacity, length = self._active_entries(), self.classes.capacity, until - self.now
         is_left = ~is_done
         left = entries.only(is_left)
         after = updated_allocation(left, capacity, Allocation(self.rate[is_left], self.bottleneck[is_left]))
@@ -210,9 +211,16 @@ class _Run:
         self.remaining = np.concatenate((self.remaining, self.classes.num_bytes[due]))[order]
         self.rate = np.concatenate((self.rate, np.zeros(len(due))))[order]
         self.bottleneck = np.concatenate((self.bottleneck, np.full(len(due), -1)))[order]
-        is_active = np.zeros(len(self.end_s), np.bool_)
-        is_active[self.active] = True
-        self.entries = self.classes.incidence.only(is_active)
+        self._entries, self._entry_flows = self.classes.incidence, np.arange(len(self.end_s))
+
+    def _active_entries(self) -> Incidence:
+        """Entries of the active flows; those of flows that have ended are dropped only when somebody asks."""
+        if len(self._entry_flows) != len(self.active):
+            is_active = np.zeros(len(self.end_s), np.bool_)
+            is_active[self.active] = True
+            self._entries = self._entries.only(is_active[self._entry_flows])
+            self._entry_flows = self.active
+        return self._entries
 
     def _update_rates(self, *, has_new_flows: bool) -> None:
         """Keep the rates if they are still max-min fair, else solve again.
@@ -221,13 +229,14 @@ class _Run:
         """
         if self.is_current and not has_new_flows:
             return
-        capacity = self.classes.capacity
+        entries, capacity = self._active_entries(), self.classes.capacity
         if self.tries_certificate and not has_new_flows:
-            if bottleneck_slack(self.entries, capacity, self.rate) <= SLACK:
-                self.is_current = True
+            certificate = max_min_certificate(entries, capacity, self.rate)
+            if certificate.slack <= SLACK:
+                self.is_current, self.bottleneck = True, certificate.bottleneck
                 return
             self.tries_certificate = False
-        allocation = updated_allocation(self.entries, capacity, Allocation(self.rate, self.bottleneck))
+        allocation = updated_allocation(entries, capacity, Allocation(self.rate, self.bottleneck))
         if has_new_flows or np.allclose(allocation.rate, self.rate, rtol=SLACK, atol=0.0):
             self.tries_certificate = True
         self.rate, self.bottleneck = allocation.rate, allocation.bottleneck
@@ -235,15 +244,20 @@ class _Run:
         self.is_current = True
 
     def _end(self, is_done: BoolArray, ends: FloatArray) -> None:
-        """Take flows off the active ones; their links have room, so that rates may no longer be fair."""
+        """Take flows off the active ones.
+
+        Their links have room, so that the flows these links held may be faster; if they held none, rates stay fair.
+        """
         if not is_done.any():
             return
         done, is_left = self.active[is_done], ~is_done
         self.end_s[done] = ends[is_done]
         self.active, self.remaining = self.active[is_left], self.remaining[is_left]
         self.rate, self.bottleneck = self.rate[is_left], self.bottleneck[is_left]
-        self.entries = self.entries.only(is_left)
-        self.is_current = False
+        has_room = np.zeros(self.classes.incidence.num_links, np.bool_)
+        has_room[self.classes.incidence.links_of(done)] = True
+        if has_room[self.bottleneck].any():
+            self.is_current = False
         self._end_batches(done)
 
     def _end_batches(self, done: IntArray) -> None:

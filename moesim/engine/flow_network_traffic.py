@@ -13,17 +13,22 @@ from moesim.engine.flow_network_events import FlowClasses, Observer, Transmissio
 from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import FloatArray, IntArray
 from moesim.structure.communication_plans import CommunicationPlan, Transfers
-from moesim.structure.topology import TIERS, Routes, Topology, sums
+from moesim.structure.topology import SWITCH, TIERS, Routes, Topology, sums
 from moesim.structure.topology_symmetry import Quotient, RankPattern
 
 LinkFractions = Mapping[str, float]
 """Part of the nominal bandwidth that flows reach, per tier of links; 1 where nothing is given."""
 
 
+MOST_FLOWS = 4_000_000
+"""More are not listed one by one: 4 million take about 2 GiB."""
+
+
 @dataclass(frozen=True)
 class Flows:
     """Explicit flows, arrays (n_flows,).
 
+    An end may be ``SWITCH``.
     A flow of no bytes, or from a device to itself, ends when it starts. ``start_s`` counts from the release of the
     flow's batch, and batch b is released when batch ``batch_after[b]`` has ended (-1: at time 0).
     """
@@ -158,7 +163,7 @@ def simulate_flows(
     _check_flows(topology, flows)
     carries = (flows.num_bytes > 0) & (flows.source != flows.target)
     kept = np.flatnonzero(carries)
-    routes = topology.routing.routes(flows.source[kept], flows.target[kept])
+    routes = topology.routes(flows.source[kept], flows.target[kept])
     capacity = _capacity(topology, link_fractions)
     latency = routes.latency_s(topology.channels)
     classes, flow_class = _explicit_classes(topology, flows, kept, routes, capacity, by_symmetry=by_symmetry)
@@ -199,13 +204,17 @@ def uniform_all_to_all(
     Raises
     ------
     ScenarioError
-        E-NET-003 for more ranks than devices and negative bytes.
+        E-NET-003 for more ranks than devices, negative bytes, and groups that follow no symmetry and are too large.
     """
     if pattern.num_ranks > topology.num_devices:
         message = f"{pattern.num_ranks} ranks on the {topology.num_devices} devices of {topology.name}"
         raise _bad_traffic(message, f"use at most {topology.num_devices}")
     quotient = topology.symmetry.quotient(topology.channels, pattern)
     if quotient is None:
+        if pattern.num_ranks * pattern.size > MOST_FLOWS:
+            message = f"{pattern.num_ranks} ranks in groups of {pattern.size} follow no level of {topology.name}"
+            message += f", and {pattern.num_ranks * pattern.size:,} flows are too many to list"
+            raise _bad_traffic(message, "choose groups that fill nodes, leaves or rows, or divide them")
         everyone = np.arange(pattern.num_ranks)
         peers = pattern.peers(everyone)
         flows = Flows.of(np.repeat(everyone, pattern.size), peers.ravel(), bytes_per_pair)
@@ -252,7 +261,10 @@ def all_to_all_v(
 
 
 def plan_flows(devices_of_ranks: IntArray, plan: CommunicationPlan) -> Flows:
-    """Flows of a plan: a batch per round, released by the round before it in its chain."""
+    """Flows of a plan: a batch per round, released by the round before it in its chain.
+
+    A switch that takes part is the scale-up switch of the device at the transfer's other end.
+    """
     rounds: list[Transfers] = []
     after: list[int] = []
     for chain in plan.chains:
@@ -262,12 +274,9 @@ def plan_flows(devices_of_ranks: IntArray, plan: CommunicationPlan) -> Flows:
     if not rounds:
         return Flows.of(np.zeros(0, np.int64), np.zeros(0, np.int64), 0.0)
     source, target = (np.concatenate(ends) for ends in zip(*((t.source, t.target) for t in rounds), strict=True))
-    if max(source.max(initial=0), target.max(initial=0)) >= len(devices_of_ranks):
-        message = "the plan reduces in switches, which the flow engine does not know"
-        raise _bad_traffic(message, "choose an algorithm that runs on devices")
     num_bytes = np.concatenate([transfers.num_bytes for transfers in rounds])
     batch = np.repeat(np.arange(len(rounds)), [len(transfers) for transfers in rounds])
-    devices = np.asarray(devices_of_ranks, dtype=np.int64)
+    devices = np.append(np.asarray(devices_of_ranks, dtype=np.int64), np.full(plan.num_switches, SWITCH))
     return Flows(devices[source], devices[target], num_bytes, np.zeros(len(source)), batch, np.array(after))
 
 
@@ -439,7 +448,7 @@ def _idle(num_flows: int) -> FlowResult:
 def _check_flows(topology: Topology, flows: Flows) -> None:
     """Refuse devices that do not exist and bytes that are none."""
     for name, ends in (("source", flows.source), ("target", flows.target)):
-        wrong = np.flatnonzero((ends < 0) | (ends >= topology.num_devices))
+        wrong = np.flatnonzero((ends < SWITCH) | (ends >= topology.num_devices))
         if len(wrong):
             message = f"{name} {int(ends[wrong[0]])} is none of the {topology.num_devices} devices of {topology.name}"
             raise _bad_traffic(message, f"devices are 0 to {topology.num_devices - 1}")

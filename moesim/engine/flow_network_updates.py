@@ -16,7 +16,7 @@ from moesim.structure.topology import sums
 
 ROUNDS = 30
 REFINEMENTS, RESIDUAL, DIVERGING = 10, 1e-14, 1e3
-"""Substitutions before elimination, the part of a capacity left over that is rounding, and the part that is hopeless."""
+"""Substitutions before elimination, the part of a capacity left over that is rounding, and that which is hopeless."""
 MOST_LINKS = 1024
 """Beyond this many holding links the dense system costs more than water-filling."""
 
@@ -69,12 +69,10 @@ def _levels(incidence: Incidence, capacity: FloatArray, held: IntArray, before: 
     if size > MOST_LINKS:
         return None
     holding = holding[np.argsort(before[holding], kind="stable")]
-    number = np.full(incidence.num_links, -1)
+    number = np.full(incidence.num_links, size)  # links that hold nobody share a last row, which is dropped
     number[holding] = np.arange(size)
-    row = number[incidence.link]
-    on_holding = np.flatnonzero(row >= 0)
-    column = number[held[incidence.flow[on_holding]]]
-    matrix = sums(row[on_holding] * size + column, incidence.weight[on_holding], size * size).reshape(size, size)
+    cell = (number * size)[incidence.link] + number[held][incidence.flow]
+    matrix = sums(cell, incidence.weight, (size + 1) * size).reshape(size + 1, size)[:size]
     solved = _solved_in_order(matrix, capacity[holding])
     if solved is None:
         return None
@@ -90,7 +88,7 @@ def _solved_in_order(matrix: FloatArray, right: FloatArray) -> FloatArray | None
     """
     from scipy.linalg import solve_triangular
 
-    solved = np.zeros_like(right)
+    solved: FloatArray = np.zeros_like(right)
     rest = right
     for _ in range(REFINEMENTS):
         solved = solved + solve_triangular(matrix, rest, lower=True, check_finite=False)
@@ -101,7 +99,7 @@ def _solved_in_order(matrix: FloatArray, right: FloatArray) -> FloatArray | None
         if not error < DIVERGING:
             break
     try:
-        solved = np.linalg.solve(matrix, right)
+        solved = np.asarray(np.linalg.solve(matrix, right), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
     return solved if np.isfinite(solved).all() else None
@@ -118,13 +116,12 @@ def _change_over(
         flows = incidence.flow[entries]
         is_cut = rate[flows] > _cut_level(rate[flows], incidence.weight[entries], float(capacity[link]))
         held[flows[is_cut]] = link
-    own = level[incidence.link]
-    least = np.minimum.reduceat(own, incidence.starts)
-    is_lower = least < rate * (1.0 - TIE)
-    if is_lower.any():
-        tightest = (own == least[incidence.flow]) & is_lower[incidence.flow]
-        held[incidence.flow[tightest]] = incidence.link[tightest]
-    return bool(len(overfull) or is_lower.any())
+    lower = np.flatnonzero(incidence.least_level(level) < rate * (1.0 - TIE))
+    if len(lower):
+        links = incidence.padded_links[:, lower]
+        tightest = np.append(level, np.inf)[links].argmin(axis=0)
+        held[lower] = links[tightest, np.arange(len(lower))]
+    return bool(len(overfull) or len(lower))
 
 
 def _cut_level(rate: FloatArray, weight: FloatArray, capacity: float) -> float:

@@ -152,25 +152,30 @@ def _places(topology: Topology, vertices: IntArray) -> FloatArray:
     symmetry = topology.symmetry
     digits = symmetry.digits if isinstance(symmetry, DigitSymmetry) else ()
     if any(digit.kind in ("shift", "reflection") for digit in digits):
-        return _grid(topology, vertices, [digit.radix for digit in digits])
+        sides = [digit.radix for digit in digits if digit.kind in ("shift", "reflection")]
+        return _grid(topology, vertices, digits[0].radix, sides)
     if all(kind == "device" for kind in topology.vertex_kinds) or not digits:
         angle = np.pi / 2 - 2 * np.pi * np.arange(len(vertices)) / len(vertices)
         return np.stack((np.cos(angle), np.sin(angle)), axis=1)
     return _rows(topology, vertices)
 
 
-def _grid(topology: Topology, vertices: IntArray, radices: list[int]) -> FloatArray:
-    """Chips at their coordinates, the third axis aslant; cores round their chip."""
-    per_chip = radices[0]
+def _grid(topology: Topology, vertices: IntArray, per_chip: int, sides: list[int]) -> FloatArray:
+    """Chips at their coordinates, the third axis aslant; cores round their chip; pods side by side below a switch."""
     is_device = vertices < topology.num_devices
+    is_switch = np.array([topology.vertex_kinds[vertex] == "switch" for vertex in vertices])
     chip = np.where(is_device, vertices // per_chip, vertices - topology.num_devices)
-    axes = [chip // prod(radices[1 : 1 + axis]) % radix for axis, radix in enumerate(radices[1:])]
+    axes = [chip // prod(sides[:axis]) % side for axis, side in enumerate(sides)]
     grid = np.stack([*axes, *[np.zeros_like(chip)] * (3 - len(axes))], axis=1).astype(np.float64)
     place = np.stack((grid[:, 0] + 0.42 * grid[:, 2], -grid[:, 1] - 0.27 * grid[:, 2]), axis=1)
     if per_chip > 1:
         aside = np.where(is_device, (vertices % per_chip + 0.5) / per_chip - 0.5, 0.0)
         place[:, 0] += 0.55 * aside
         place[:, 1] += np.where(is_device, 0.27, 0.0)
+    place[:, 0] += chip // prod(sides) * (np.ptp(place[~is_switch, 0]) + 1.5)
+    if is_switch.any():
+        place[is_switch] = [place[~is_switch, 0].mean(), 1.5]
+        grid[is_switch] = np.nan
     return np.concatenate((place, grid), axis=1)
 
 

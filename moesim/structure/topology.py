@@ -135,6 +135,10 @@ class AbstractRouting(Protocol):
         ...
 
 
+SWITCH = -1
+"""End of a flow that is the scale-up switch of its other end."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Devices ``0 .. num_devices - 1`` first, then switches, NICs and chips; links, channels, routes, symmetries.
@@ -178,6 +182,29 @@ class Topology:
             )
         )
         return graph
+
+    def routes(self, source: IntArray, target: IntArray) -> Routes:
+        """Routes of flows; an end ``SWITCH`` is the scale-up switch that the other end is attached to.
+
+        Raises
+        ------
+        ScenarioError
+            E-NET-003 if such a flow has no switch, or a switch at both ends.
+        """
+        to_switch, from_switch = target == SWITCH, source == SWITCH
+        if not (to_switch.any() or from_switch.any()):
+            return self.routing.routes(source, target)
+        find_ports = getattr(self.routing, "switch_ports", None)
+        ports = find_ports() if find_ports else None
+        if ports is None or (to_switch & from_switch).any():
+            message = f"{self.name}: devices have no switch that flows could end in"
+            remedy = "choose an algorithm that runs on devices"
+            raise ScenarioError([Problem(code="E-NET-003", message=message, remedy=remedy)])
+        is_whole = ~(to_switch | from_switch)
+        start, end = np.where(is_whole, source, 0), np.where(is_whole, target, 0)
+        up = np.where(to_switch, ports[0][np.maximum(source, 0)], -1)
+        down = np.where(from_switch, ports[1][np.maximum(target, 0)], -1)
+        return joined_routes([self.routing.routes(start, end), routes_from_padded(np.stack((up, down), axis=1))])
 
     def checked(self) -> Topology:
         """Return the topology itself if every link carries bytes and every device reaches every other.

@@ -31,7 +31,7 @@ from moesim.structure.topology_assembly import Assembly
 from moesim.structure.topology_graphs import GraphRouting, ShortestPaths
 from moesim.structure.topology_networks import OuterNetwork, add_outer_network
 from moesim.structure.topology_symmetry import Digit, DigitSymmetry
-from moesim.structure.topology_tori import TorusShape, add_torus, torus_digits, torus_family
+from moesim.structure.topology_tori import TorusRouting, TorusShape, add_torus, torus_digits, torus_family
 from moesim.structure.topology_trees import (
     StageFigures,
     TreeRouting,
@@ -66,21 +66,61 @@ def build_topology(cluster: Cluster, device: Device) -> Topology:
 def _torus(cluster: Cluster, fabric: TorusFabric, device: Device) -> Topology:
     per_chip = device.devices_per_chip
     shape = TorusShape(tuple(fabric.dimensions), tuple(fabric.wraparound), per_chip)
-    _check_device_count(cluster, shape.num_chips * per_chip)
+    per_pod, pods = shape.num_chips * per_chip, fabric.pods.count if fabric.pods else 1
+    _check_device_count(cluster, per_pod * pods)
     assembly = _with_devices(cluster)
     bandwidth = fabric.link_bandwidth.value
     on_chip = fabric.on_chip_bandwidth.value if fabric.on_chip_bandwidth else 4 * bandwidth
     if per_chip > 1 and not fabric.on_chip_bandwidth:
         assembly.assumptions.append("cores reach their chip's links at four times the rate of a link")
     link = (bandwidth, fabric.hop_latency.value)
-    routing = add_torus(assembly, shape, link=link, on_chip=(on_chip, 0.0))
+    tori = [
+        add_torus(
+            assembly,
+            shape,
+            link=link,
+            on_chip=(on_chip, 0.0),
+            first_device=pod * per_pod,
+            prefix=f"pod {pod} " if pods > 1 else "",
+        )
+        for pod in range(pods)
+    ]
+    routing: AbstractRouting = tori[0]
+    if fabric.pods:
+        rate, half = fabric.pods.bandwidth_per_device.value, fabric.pods.latency.value / 2
+        ports = StageFigures("data-centre port", rate, half, "scale_out", above="data-centre switch")
+        everyone = np.arange(cluster.device_count)
+        stage, _ = add_stage(assembly, devices_as_groups(everyone), 0 * everyone, ports)
+        routing = PodRouting(per_pod, tuple(tori), TreeRouting((stage,)))
     families = assembly.families
     opposite = {
         assembly.family(torus_family(axis, 1)): (axis + 1, assembly.family(torus_family(axis, 0)))
         for axis in range(len(shape.dimensions))
         if torus_family(axis, 1) in families
     }
-    return _topology(cluster, assembly, routing, DigitSymmetry(tuple(torus_digits(shape)), opposite))
+    digits = [*torus_digits(shape), *([Digit(pods, "permutable")] if pods > 1 else [])]
+    return _topology(cluster, assembly, routing, DigitSymmetry(tuple(digits), opposite))
+
+
+@dataclass(frozen=True)
+class PodRouting:
+    """Within a pod of ``pod`` devices by its torus, between pods from each device straight to the data centre."""
+
+    pod: int
+    tori: tuple[TorusRouting, ...]
+    outer: TreeRouting
+
+    def routes(self, source: IntArray, target: IntArray) -> Routes:
+        """Routes of flows; see ``AbstractRouting``."""
+        home = source // self.pod
+        stays = home == target // self.pod
+        parts = [self.outer.routes(source, np.where(stays, source, target))]
+        for number, torus in enumerate(self.tori):
+            is_here = stays & (home == number)
+            first = number * self.pod
+            start, end = np.where(is_here, source - first, 0), np.where(is_here, target - first, 0)
+            parts.append(torus.routes(start, end))
+        return joined_routes(parts)
 
 
 @dataclass(frozen=True)
@@ -103,6 +143,13 @@ class NodeRouting:
         is_inside = source // self.domain == target // self.domain
         door = np.where(is_inside, target, self._door(source, target))
         return joined_routes([self.inner.routes(source, door), self.outer.routes(door, target)])
+
+    def switch_ports(self) -> tuple[IntArray, IntArray] | None:
+        """Channels from each device to the switch of its domain and back, (n_devices,); None where there is none."""
+        if not isinstance(self.inner, TreeRouting) or not self.inner.stages:
+            return None
+        first = self.inner.stages[0]
+        return first.up[first.group], first.down[first.group]
 
     def _door(self, source: IntArray, target: IntArray) -> IntArray:
         """Device through which a flow leaves its domain."""

@@ -48,12 +48,18 @@ def first_devices(cluster: Cluster, device: Device, count: int) -> Cluster:
         kept = [_smaller(level, size) for level, size in zip(fabric.levels, sizes, strict=False)]
         part = fabric.model_copy(update={"levels": kept})
     else:
+        per_pod = prod(fabric.dimensions) * device.devices_per_chip
+        if fabric.pods and count >= per_pod and count % per_pod == 0:
+            pods = fabric.pods.model_copy(update={"count": count // per_pod})
+            return cluster.model_copy(
+                update={"fabric": fabric.model_copy(update={"pods": pods}), "device_count": count}
+            )
         chips = _filled(fabric.dimensions, count // device.devices_per_chip)
         if chips is None or count % device.devices_per_chip:
             raise _no_part(cluster, count, f"take whole chips and whole rows of {fabric.dimensions} chips")
         closes = [wraps and chips[axis : axis + 1] == [size] for axis, (wraps, size) in _axes(fabric)]
         sides = [*chips, *[1] * (len(fabric.dimensions) - len(chips))]
-        part = fabric.model_copy(update={"dimensions": sides, "wraparound": closes})
+        part = fabric.model_copy(update={"dimensions": sides, "wraparound": closes, "pods": None})
     # Copies skip validation; what is changed are counts that are already known to be legal.
     return cluster.model_copy(update={"fabric": part, "device_count": count})
 
@@ -108,8 +114,9 @@ def representative_piece(topology: Topology, most: int = MOST_VERTICES) -> Piece
     if len(everything) <= most:
         return Piece(everything, is_whole=True)
     symmetry = topology.symmetry
-    radices = [digit.radix for digit in symmetry.digits] if isinstance(symmetry, DigitSymmetry) else []
-    is_torus = any(digit.kind in ("shift", "reflection") for digit in symmetry.digits) if radices else False
+    digits_of_device = symmetry.digits if isinstance(symmetry, DigitSymmetry) else ()
+    radices = [digit.radix for digit in digits_of_device]
+    is_torus = any(digit.kind in ("shift", "reflection") for digit in digits_of_device)
     devices = np.arange(topology.num_devices)
     for share in (2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096):
         if is_torus:

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from moesim.errors import Problem, ScenarioError
 from moesim.structure.columns import IntArray
 from moesim.structure.topology import Channels
 
@@ -23,7 +24,13 @@ DigitKind = Literal["permutable", "fixed", "shift", "reflection"]
 
 @dataclass(frozen=True)
 class RankPattern:
-    """All groups ``{r, r + stride, ..., r + (size - 1) stride}`` of ``num_ranks`` ranks at once; rank = device."""
+    """All groups ``{r, r + stride, ..., r + (size - 1) stride}`` of ``num_ranks`` ranks at once; rank = device.
+
+    Raises
+    ------
+    ScenarioError
+        E-NET-003 if the groups do not fill the ranks.
+    """
 
     num_ranks: int
     size: int
@@ -31,7 +38,9 @@ class RankPattern:
 
     def __post_init__(self) -> None:
         if min(self.num_ranks, self.size, self.stride) < 1 or self.num_ranks % (self.size * self.stride):
-            raise ValueError(f"groups of {self.size} with stride {self.stride} do not fill {self.num_ranks} ranks")
+            message = f"groups of {self.size} with stride {self.stride} do not fill {self.num_ranks} ranks"
+            remedy = "size x stride must divide the ranks"
+            raise ScenarioError([Problem(code="E-NET-003", message=message, remedy=remedy)])
 
     def peers(self, source: IntArray) -> IntArray:
         """Members of the group of each source, itself included: shape (n_sources, size)."""

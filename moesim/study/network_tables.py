@@ -137,10 +137,9 @@ def chosen_algorithms(case: NetworkCase) -> list[Choice]:
         return [Choice("direct" if case.algorithm == AUTO else case.algorithm)] * len(case.sizes)
     if case.algorithm != AUTO:
         return [Choice(case.algorithm)] * len(case.sizes)
-    chosen = choose_algorithms(case.kind, traffic_of(case), case.fabric, cluster=case.cluster, device=case.device)
-    if case.engine == "flow":
-        return [Choice("ring", choice.protocol) if choice.algorithm == IN_SWITCH else choice for choice in chosen]
-    return chosen
+    if case.stack is not None and case.stack.sends_one_copy_per_node and case.kind == "all_to_all":
+        return [Choice("rail_aligned")] * len(case.sizes)
+    return choose_algorithms(case.kind, traffic_of(case), case.fabric, cluster=case.cluster, device=case.device)
 
 
 def _in_closed_form(case: NetworkCase, choices: list[Choice]) -> Iterator[tuple[float, str, float]]:
@@ -218,8 +217,6 @@ def _notes(case: NetworkCase, choices: list[Choice]) -> tuple[str, ...]:
         notes.append(f"algorithm and protocol as NCCL 2.30.7's tuner takes them{priced}")
     if case.algorithm == IN_SWITCH and case.device.generation not in NVLS_EFFICIENCY:
         notes.append(f"switches of {case.device.id} do not reduce; this is what they would take")
-    if case.engine == "flow" and case.kind == "all_reduce" and case.algorithm == AUTO:
-        notes.append("flows: switches do not reduce; where the library would use them, a ring is simulated")
     if case.engine == "flow" and any(choice.algorithm != "direct" for choice in choices):
         notes.append("flows: rounds of a plan wait for each other; chunks are not pipelined")
     if case.shares is not None:

@@ -36,12 +36,14 @@ def hierarchy(device: str, *levels: dict[str, Any], devices_per_node: int = 0) -
     return built(device, count, devices_per_node or levels[0]["size"], {"kind": "hierarchical", "levels": list(levels)})
 
 
-def torus(device: str, dimensions: list[int], wraparound: list[bool]) -> Topology:
-    count = shipped_library().device(device).devices_per_chip
+def torus(device: str, dimensions: list[int], wraparound: list[bool], pods: int = 1) -> Topology:
+    count = shipped_library().device(device).devices_per_chip * pods
     for size in dimensions:
         count *= size
     fabric = {"kind": "torus", "dimensions": dimensions, "wraparound": wraparound}
     fabric |= {"link_bandwidth": figure("80 GB/s"), "hop_latency": figure("1 us")}
+    if pods > 1:
+        fabric["pods"] = {"count": pods, "bandwidth_per_device": figure("6 GB/s"), "latency": figure("20 us")}
     return built(device, count, 1, fabric | {"on_chip_bandwidth": figure("400 GB/s")})
 
 
@@ -141,6 +143,7 @@ BUILDERS = {
     "mesh of two cores": lambda: torus("tpu_v3_core", [3, 4], [False, False]),
     "torus of two cores": lambda: torus("tpu_v3_core", [4, 4], [True, True]),
     "half closed": lambda: torus("tpu_v4", [4, 2, 3], [True, False, True]),
+    "pods of tori": lambda: torus("tpu_v3_core", [2, 3], [True, False], pods=3),
     "ring": lambda: torus("tpu_v5e", [8], [True]),
 }
 FABRICS = tuple(BUILDERS)

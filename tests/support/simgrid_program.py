@@ -9,8 +9,6 @@ import json
 import sys
 import time
 
-import simgrid
-
 OPTIONS = (
     "network/model:CM02",
     "network/TCP-gamma:0",
@@ -21,7 +19,7 @@ OPTIONS = (
 )
 
 
-def platform(engine, problem):
+def platform(simgrid, problem):
     """Hosts, one-way links and the routes that the flows use."""
     zone = simgrid.NetZone.create_full_zone("network")
     hosts = [zone.create_host(f"host{host}", 1e9) for host in range(problem["hosts"])]
@@ -40,7 +38,7 @@ def platform(engine, problem):
     return hosts
 
 
-def sender(problem, hosts, finish):
+def sender(simgrid, problem, hosts, finish):
     """Start every flow at its time, in order of time, and wait for all."""
     flows = sorted(enumerate(problem["flows"]), key=lambda item: item[1][3])
     started = []
@@ -55,15 +53,18 @@ def sender(problem, hosts, finish):
 
 def main():
     """Read, simulate, write."""
+    import simgrid
+
     problem = json.load(sys.stdin)
     engine = simgrid.Engine(["oracle", "--log=root.thresh:error", *(f"--cfg={option}" for option in OPTIONS)])
     finish = [0.0] * len(problem["flows"])
-    hosts = platform(engine, problem)
-    simgrid.Actor.create("sender", hosts[0], sender, problem, hosts, finish)
+    hosts = platform(simgrid, problem)
+    simgrid.Actor.create("sender", hosts[0], sender, simgrid, problem, hosts, finish)
     begin = time.perf_counter()
     engine.run()
     seconds = time.perf_counter() - begin
     json.dump({"finish_s": finish, "version": simgrid.simgrid_version, "seconds": seconds}, sys.stdout)
 
 
-main()
+if __name__ == "__main__":
+    main()

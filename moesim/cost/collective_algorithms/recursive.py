@@ -68,7 +68,7 @@ def _doubling(line: IntArray, blocks: BlocksOf) -> Rounds:
         count = min(distance, size - distance)
         rounds.append(
             [
-                (int(line[k]), int(line[(k - distance) % size]), _many(blocks, first, k, count, size))
+                (int(line[k]), int(line[(k - distance) % size]), _many(blocks, first, k, count=count, size=size))
                 for k in range(size)
             ]
         )
@@ -76,7 +76,7 @@ def _doubling(line: IntArray, blocks: BlocksOf) -> Rounds:
     return rounds
 
 
-def _many(blocks: BlocksOf, first: int, member: int, count: int, size: int) -> list[int]:
+def _many(blocks: BlocksOf, first: int, member: int, *, count: int, size: int) -> list[int]:
     return [block for step in range(count) for block in blocks(first, (member + step) % size)]
 
 

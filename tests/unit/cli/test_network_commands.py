@@ -78,15 +78,13 @@ def test_two_gpus_of_a_cube_mesh_without_a_link_are_cut_off(capsys, tmp_path: Pa
     folder = tmp_path / "clusters"
     folder.mkdir()
     text = (data_directory("hardware_profiles") / "clusters" / "v100_sxm2_32gb_8.yaml").read_text(encoding="utf-8")
-    text = text.replace("id: v100_sxm2_32gb_8", "id: cut").replace(
-        "[2, 0, 0, 0, 0, 1, 1, 2]", "[2, 0, 0, 0, 0, 0, 0, 0]"
-    )
     for row, new in (
+        ("id: v100_sxm2_32gb_8", "id: cut"),
+        ("[2, 0, 0, 0, 0, 1, 1, 2]", "[0, 0, 0, 0, 0, 0, 0, 0]"),
         ("[0, 2, 0, 0, 1, 0, 2, 1]", "[0, 2, 0, 0, 0, 0, 2, 1]"),
         ("[0, 0, 1, 0, 1, 2, 0, 2]", "[0, 0, 1, 0, 0, 2, 0, 2]"),
         ("[0, 0, 0, 1, 2, 1, 2, 0]", "[0, 0, 0, 1, 0, 1, 2, 0]"),
         ("[0, 1, 1, 2, 2, 0, 0, 0]", "[0, 1, 1, 2, 0, 0, 0, 0]"),
-        ("[2, 0, 0, 0, 0, 0, 0, 0]", "[0, 0, 0, 0, 0, 0, 0, 0]"),
     ):
         assert row in text
         text = text.replace(row, new)

@@ -164,6 +164,16 @@ def test_chains_of_a_plan_share_the_links():
     assert execute_plan(fabric("crossbar"), np.arange(8), plan) == pytest.approx(0.7e-6 + 2e6 / 300e9, rel=1e-12)
 
 
+def test_a_reduction_in_the_switch_crosses_every_port_once_each_way():
+    """All send 3 MB to the switch, which sends 3 MB to all: twice half of the hop and 3 MB at 300 GB/s."""
+    both_ways = [[(rank, 8, [0]) for rank in range(8)], [(8, rank, [0]) for rank in range(8)]]
+    rounds = tuple(Transfers.of(moves, np.array([3e6])) for moves in both_ways)
+    plan = CommunicationPlan(8, (rounds,), np.array([3e6]), num_switches=1)
+    assert execute_plan(fabric("crossbar"), np.arange(8), plan) == pytest.approx(2 * (0.35e-6 + 10e-6), rel=1e-12)
+    with pytest.raises(ScenarioError, match="no switch that flows could end in"):
+        execute_plan(fabric("ring"), np.arange(8), plan)
+
+
 @pytest.mark.parametrize(
     ("traffic", "text"),
     [
