@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moesim.errors import FormatError, Problem
 from moesim.study.collective_tables import (
     CollectiveRow,
     Unmapped,
@@ -197,9 +198,14 @@ def fit_libraries(data: Path) -> LibraryFits:
     Raises
     ------
     FormatError
-        If the file cannot be read.
+        If the file cannot be read, or a class has no rows in good order.
     """
     ordered = [row for row in read_collective_tables(data).rows if not row.facts.apart]
+    empty = sorted(set(TARGETS) - {class_of_row(row) for row in ordered})
+    if empty:
+        message = f"no rows in good order of class {empty[0]!r} to fit on"
+        remedy = "fit on a file that has all classes, or leave --refit and --libraries away"
+        raise FormatError([Problem(code="E-FMT-014", message=message, remedy=remedy, file=str(data))])
     collectives = [row for row in ordered if not row.moe_library]
     kernels = [row for row in ordered if row.moe_library]
     model, moe_model = CollectiveFit(collectives), MoeFit(kernels)

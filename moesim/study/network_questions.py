@@ -231,6 +231,11 @@ def _extents(ranks: int, cluster: Cluster | None, fabric: Fabric | None, problem
         problems.append(Problem(code="E-NET-003", message=message, remedy=remedy, field="ranks"))
         return None
     extents = group_extents(ProcessGroup(np.array([float(ranks)]), np.ones(1)), fabric.sizes)[:, 0]
+    if extents[-1] > fabric.levels[-1].size:
+        message = f"{ranks} ranks stand in several pods of {cluster.id}"
+        remedy = "use at most the devices of one pod: collectives over several are not priced here"
+        problems.append(Problem(code="E-NET-003", message=message, remedy=remedy, field="ranks"))
+        return None
     if np.prod(extents) != ranks:
         sizes = " x ".join(f"{level.name} {level.size}" for level in fabric.levels)
         remedy = f"use a number that fills whole levels ({sizes})"

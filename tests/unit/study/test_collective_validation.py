@@ -128,6 +128,12 @@ def test_a_wrong_file_exits_with_two(tmp_path, capsys):
     assert "E-FMT-001" in capsys.readouterr().err
 
 
+def test_a_fit_needs_rows_of_every_class(tmp_path, capsys):
+    path = written(tmp_path / "t.csv", ROW)
+    assert main(["validate", "collectives", "--data", str(path), "--refit"]) == 2
+    assert "no rows in good order of class" in capsys.readouterr().err
+
+
 def test_shipped_libraries_are_those_of_the_shipped_fits():
     fits = read_fits()
     folder = data_directory("hardware_profiles") / "libraries"
