@@ -290,6 +290,19 @@ def test_a_disconnected_network_is_refused(capsys, tmp_path, engine):
     assert "E-NET-001" in err
 
 
+def test_groups_over_several_pods_are_refused(capsys, tmp_path):
+    path = changed_profile(tmp_path, "tpu_v5e_4x4", "device_count: 16", "device_count: 32")
+    figure = '{value: "%s", kind: assumed, source: "test"}'
+    pods = f"  pods: {{count: 2, bandwidth_per_device: {figure % '3 GB/s'}, latency: {figure % '10 us'}}}\n"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("  dimensions:", pods + "  dimensions:"), encoding="utf-8")
+    arguments = (str(path), "--collective", "all_reduce", "--sizes", "1MiB")
+    assert ask(capsys, *arguments, "--ranks", "16")[0] == 0
+    status, _, err = ask(capsys, *arguments, "--ranks", "32")
+    assert status == 2
+    assert "several pods" in err
+
+
 def test_a_link_without_bandwidth_is_refused(capsys, tmp_path):
     path = changed_profile(tmp_path, "h100_sxm_8", '"450 GB/s"', '"0 GB/s"')
     status, _, err = ask(capsys, str(path), "--collective", "all_to_all", "--ranks", "8")
