@@ -15,6 +15,7 @@ import numpy as np
 from moesim.cost.attention_surface import AttentionTimeSurface, attention_surface_from_document
 from moesim.cost.efficiency_surfaces import DeviceRates, device_rates
 from moesim.cost.fitted_surfaces import (
+    NO_SURFACES,
     NORMAL_QUANTILE,
     SURFACE_OPERATORS,
     FittedSurfaces,
@@ -35,6 +36,8 @@ from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.quantities import Figure
 
 WIDE_BYTES = 2.0
+FEWEST_UNITS = 12.0
+"""Compute units below which a grid of tiles has no waves to speak of, and surfaces of GPUs do not travel."""
 ELEMENT_BYTES = {"fp8": 1.0, "int8": 1.0, "fp4": 0.5, "fp32": 4.0, "tf32": 4.0}
 """Bytes of an element; every other precision has ``WIDE_BYTES``."""
 
@@ -264,8 +267,11 @@ def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
     Returns
     -------
     FittedSurfaces
-        All three.
+        All three; none for a device of a few large matrix units (TPU), over which no waves of tiles run: there the
+        four-constant form fits dense and MoE steps with one rate, a carried surface does not (validation/published).
     """
+    if device.compute_units.value < FEWEST_UNITS:
+        return NO_SURFACES
     gemm, gemm_origin = gemm_surface_for(device, library)
     attention, attention_origin = attention_surface_for(device, library)
     moe, moe_origin = moe_surface_for(device, library)

@@ -27,7 +27,7 @@ TPU_MICRO_BATCH_TOKENS = 8192
 CLUSTERS: dict[str, tuple[str, ...]] = {
     "V100": ("v100_sxm2_32gb_dgx1_nodes",),
     "V100-32GB": ("v100_sxm2_32gb_dgx1_nodes",),
-    "A100 (40 or 80GB)": ("a100_sxm_40gb_shared_200g_nodes",),
+    "A100 (40 or 80GB)": ("a100_sxm_40gb_shared_nics_nodes",),
     "A100-40GB": ("a100_sxm_40gb_dgx_nodes",),
     "A100-80GB": ("a100_sxm_dgx_nodes",),
     "A800-80GB": ("a800_sxm_nodes",),

@@ -355,8 +355,8 @@ def measured_step_time_s(run: PublishedRun, answer: StepEstimate) -> tuple[float
 def _page(report: PublishedReport) -> str:
     sections = [
         "# Published runs, predicted\n",
-        "Predicted as they are, nothing tuned to a row. Rows that a constant of a profile was fitted on are marked fit: "
-        "dense runs (rate of a device in a step), tiny ones (host), some of FastMoE (its exchange, a network); the rest "
+        "Predicted as they are, nothing tuned to a row. Rows that a constant of a profile was fitted on are marked fit "
+        "(dense runs: rate of a device in a step; tiny ones: host; some of FastMoE: exchange, a network); the rest "
         "judges. Error: predicted over measured step time, less one; median and "
         "90th percentile of its size; bias: geometric mean of predicted over measured, less one; below: runs faster "
         "than `lower_s`, so a fact or an assumption is wrong; above: runs slower than `upper_s`, so something is not "
@@ -431,8 +431,8 @@ def _memory_text(errors: Sequence[RunError]) -> str:
     return (
         "## Memory\n\n"
         f"Predicted peak of tensors over the published peak of the allocator, {len(ratios)} runs: median {middle:.2f}, "
-        f"10th to 90th percentile {low:.2f} to {high:.2f}. Of {len(errors)} runs, all of which ran, {short} are said not "
-        "to fit.\n"
+        f"10th to 90th percentile {low:.2f} to {high:.2f}. Of {len(errors)} runs, all of which ran, {short} are said "
+        "not to fit.\n"
     )
 
 
