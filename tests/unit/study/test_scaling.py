@@ -138,7 +138,7 @@ def test_points_that_do_not_fit_have_numbers_and_a_reason() -> None:
     assert not scaling.base.fits
     point = scaling.weak.points[-1]
     assert point.verdict == "does_not_fit"
-    assert point.reason == "the fullest device needs 43.88 GiB, 31.74 GiB are usable"
+    assert point.reason == "the fullest device needs 43.78 GiB, 31.74 GiB are usable"
     assert scaling.weak.step_time_s[-1] == scaling.base.step_time_s
 
 
