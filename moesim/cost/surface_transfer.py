@@ -43,6 +43,15 @@ ELEMENT_BYTES = {"fp8": 1.0, "int8": 1.0, "fp4": 0.5, "fp32": 4.0, "tf32": 4.0}
 
 
 @dataclass(frozen=True)
+class Lender:
+    """What the choice of a source looks at: FLOPs are 16-bit, per byte of memory bandwidth."""
+
+    device: str
+    generation: str
+    flops_per_byte: float
+
+
+@dataclass(frozen=True)
 class TransferRules:
     """How surfaces travel, as ``surfaces/transfer.json`` has it.
 
@@ -55,11 +64,14 @@ class TransferRules:
     intervals : mapping
         Spread of log(measured / predicted) by operator and ``same generation`` or ``other generation``: that of
         predicting each measured device from the others.
+    measured : mapping
+        Shipped devices with tables, so that choosing among them reads no profile.
     """
 
     rank: Mapping[str, float]
     lenders: frozenset[str]
     intervals: Mapping[str, Mapping[str, Spread]]
+    measured: Mapping[str, Lender]
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,8 @@ def transfer_rules(document: Mapping[str, Any]) -> TransferRules:
         }
         for operator, relations in document["intervals"].items()
     }
-    return TransferRules(document["generation_rank"], frozenset(document["lending_generations"]), intervals)
+    measured = {name: Lender(name, **facts) for name, facts in document.get("measured", {}).items()}
+    return TransferRules(document["generation_rank"], frozenset(document["lending_generations"]), intervals, measured)
 
 
 def device_anchors(device: Device) -> Anchors:
@@ -129,38 +142,40 @@ def _own(figure: Figure) -> float | None:
     return None if figure.kind == "transferred" else figure.value
 
 
-def lending_device(device: Device, measured: Sequence[Device], rules: TransferRules) -> Device:
+def lender(device: Device) -> Lender:
+    """What the choice of a source looks at in a device."""
+    balance = peak_flop_rate(device_rates(device), "bf16") / device.memory_bandwidth.value
+    return Lender(device.id, device.generation, balance)
+
+
+def nearest_lender(taker: Lender, measured: Sequence[Lender], rules: TransferRules) -> Lender:
     """The measured device whose surface a device without its own takes.
 
     Parameters
     ----------
-    device : Device
+    taker : Lender
         The device to price.
-    measured : sequence of Device
+    measured : sequence of Lender
         Devices with a surface, at least one.
     rules : TransferRules
         Ranks of generations.
 
     Returns
     -------
-    Device
+    Lender
         One of its own generation if there is any; else of the nearest generation that lends, the older of two at the
         same distance. Among several, the one whose FLOPs per byte of memory bandwidth are nearest.
     """
-    own = [one for one in measured if one.generation == device.generation]
+    own = [one for one in measured if one.generation == taker.generation]
     lenders = own or [one for one in measured if one.generation in rules.lenders] or list(measured)
-    rank = rules.rank.get(device.generation)
+    rank = rules.rank.get(taker.generation)
 
-    def distance(one: Device) -> tuple[float, float, float]:
+    def distance(one: Lender) -> tuple[float, float, float]:
         other = rules.rank.get(one.generation)
         apart = 0.0 if rank is None or other is None else abs(rank - other)
-        return apart, other if other is not None else math.inf, abs(math.log(_balance(one) / _balance(device)))
+        return apart, math.inf if other is None else other, abs(math.log(one.flops_per_byte / taker.flops_per_byte))
 
     return min(lenders, key=distance)
-
-
-def _balance(device: Device) -> float:
-    return peak_flop_rate(device_rates(device), "bf16") / device.memory_bandwidth.value
 
 
 def peak_flop_rate(rates: DeviceRates, precision: str) -> float:
@@ -304,8 +319,8 @@ def _source(
     document = library.surface(operator, device.id)
     if document is not None:
         return document, device, SurfaceOrigin(device.id, True, True), rules
-    measured = [library.device(name) for name in library.surface_devices(operator)]
-    source = lending_device(device, measured, rules)
+    measured = [rules.measured.get(name) or lender(library.device(name)) for name in library.surface_devices(operator)]
+    source = library.device(nearest_lender(lender(device), measured, rules).device)
     lent = library.surface(operator, source.id)
     assert lent is not None
     return lent, source, SurfaceOrigin(source.id, False, source.generation == device.generation), rules

@@ -20,7 +20,8 @@ from moesim.cost.surface_transfer import (
     carried_gemm_surface,
     carried_moe_surface,
     kernel_machine,
-    lending_device,
+    lender,
+    nearest_lender,
     portable_core,
     transfer_rules,
 )
@@ -138,10 +139,11 @@ def judge_transfers(
 
 
 def _sources(target: Device, known: Sequence[str], library: HardwareLibrary, rules: TransferRules) -> list[Device]:
-    others = [library.device(name) for name in known if name != target.id]
-    elsewhere = [one for one in others if one.generation != target.generation]
-    found = [lending_device(target, some, rules) for some in (others, elsewhere) if some]
-    return found[:1] if len({one.id for one in found}) == 1 else found
+    others = {name: library.device(name) for name in known if name != target.id}
+    lenders = [lender(one) for one in others.values()]
+    elsewhere = [one for one in lenders if one.generation != target.generation]
+    found = [nearest_lender(lender(target), some, rules).device for some in (lenders, elsewhere) if some]
+    return [others[name] for name in dict.fromkeys(found)]
 
 
 def _measured_rows(operator: str, path: Path, name: str, library: HardwareLibrary) -> MeasuredRows:
@@ -303,7 +305,21 @@ def _errors(found: ErrorStatistics) -> str:
     return f"{100 * found.median:.1f} / {100 * found.p90:.1f} % ({found.bias:+.0%})" if found.count else "-"
 
 
-def transfer_data(document: Mapping[str, Any], results: Mapping[str, Sequence[TransferResult]]) -> dict[str, Any]:
+def measured_facts(library: HardwareLibrary) -> dict[str, dict[str, str | float]]:
+    """What choosing a source looks at in each device that has a surface, by device."""
+    names = sorted({name for operator in TABLES for name in library.surface_devices(operator)})
+    found = [lender(library.device(name)) for name in names]
+    return {
+        one.device: {"generation": one.generation, "flops_per_byte": float(f"{one.flops_per_byte:.6g}")}
+        for one in found
+    }
+
+
+def transfer_data(
+    document: Mapping[str, Any],
+    results: Mapping[str, Sequence[TransferResult]],
+    measured: Mapping[str, Mapping[str, str | float]],
+) -> dict[str, Any]:
     """Rules with the intervals and errors of new results; what is not judged anew stays.
 
     Parameters
@@ -312,6 +328,8 @@ def transfer_data(document: Mapping[str, Any], results: Mapping[str, Sequence[Tr
         The rules as they are.
     results : mapping
         What :func:`judge_transfers` returned, by operator.
+    measured : mapping
+        What :func:`measured_facts` returned.
 
     Returns
     -------
@@ -335,7 +353,8 @@ def transfer_data(document: Mapping[str, Any], results: Mapping[str, Sequence[Tr
             for kind, times_s in ((False, one.datasheet_s), (True, one.anchored_s))
             if times_s is not None
         ]
-    return {**document, "intervals": intervals, "errors": errors}
+    facts = {name: dict(one) for name, one in measured.items()}
+    return {**document, "measured": facts, "intervals": intervals, "errors": errors}
 
 
 def write_transfer_validation(
@@ -362,5 +381,5 @@ def write_transfer_validation(
     reports.mkdir(parents=True, exist_ok=True)
     (reports / "transfer.md").write_text(transfer_report(results), encoding="utf-8")
     if surfaces is not None:
-        text = json.dumps(transfer_data(document, results), indent=1)
+        text = json.dumps(transfer_data(document, results, measured_facts(library)), indent=1)
         (surfaces / "transfer.json").write_text(text + "\n", encoding="utf-8")

@@ -24,9 +24,10 @@ from moesim.cost.surface_transfer import (
     device_anchors,
     gemm_surface_for,
     kernel_machine,
-    lending_device,
+    lender,
     moe_surface_at,
     moe_surface_for,
+    nearest_lender,
     portable_core,
     transfer_rules,
 )
@@ -92,10 +93,21 @@ def test_a_device_takes_the_surface_of_the_nearest_generation(name, source):
 
 
 def test_of_two_generations_as_near_the_older_lends_and_ada_never_does():
-    ampere, ada, hopper = (LIBRARY.device(name) for name in ("a100_sxm", "l40s", "h100_sxm"))
-    assert lending_device(ada, [hopper, ampere], rules()).id == "a100_sxm"
-    assert lending_device(ampere, [ada, hopper], rules()).id == "h100_sxm"
-    assert lending_device(ada, [hopper, ada], rules()).id == "l40s"
+    ampere, ada, hopper = (lender(LIBRARY.device(name)) for name in ("a100_sxm", "l40s", "h100_sxm"))
+    assert nearest_lender(ada, [hopper, ampere], rules()).device == "a100_sxm"
+    assert nearest_lender(ampere, [ada, hopper], rules()).device == "h100_sxm"
+    assert nearest_lender(ada, [hopper, ada], rules()).device == "l40s"
+
+
+def test_facts_of_measured_devices_are_those_of_their_profiles():
+    measured = rules().measured
+    assert set(measured) == {
+        name for operator in ("gemm", "attention", "moe") for name in LIBRARY.surface_devices(operator)
+    }
+    for name, facts in measured.items():
+        profile = lender(LIBRARY.device(name))
+        assert facts.generation == profile.generation
+        assert facts.flops_per_byte == pytest.approx(profile.flops_per_byte, rel=1e-5)
 
 
 def test_every_generation_of_a_device_has_a_rank():

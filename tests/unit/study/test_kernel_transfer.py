@@ -54,7 +54,9 @@ def test_the_page_and_the_data_hold_every_transfer():
     page = transfer_report(results)
     assert "| a | a100_sxm | other generation | 9.5 / 9.5 % (-10%) |" in page
     assert "half widths" in page
-    data = transfer_data({"rule": "kept", "intervals": {"moe": {}}}, results)
+    facts = {"h100_sxm": {"generation": "hopper", "flops_per_byte": 295.2}}
+    data = transfer_data({"rule": "kept", "intervals": {"moe": {}}}, results, facts)
+    assert data["measured"] == facts
     assert data["rule"] == "kept"
     assert set(data["intervals"]) == {"moe", "gemm"}
     assert [(row["target"], row["published_rate"]) for row in data["errors"]["gemm"]] == [
