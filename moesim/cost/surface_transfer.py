@@ -269,6 +269,11 @@ def moe_surface_for(device: Device, library: HardwareLibrary) -> tuple[MoeTimeSu
     return replace(carried, device=device.id, **_interval(spread)), origin
 
 
+def takes_surfaces(device: Device) -> bool:
+    """Whether surfaces price a device: not where a few large matrix units (TPU) leave no waves of tiles to run."""
+    return device.compute_units.value >= FEWEST_UNITS
+
+
 def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
     """Surfaces that price a device's kernels, its own or carried over, with their records.
 
@@ -285,7 +290,7 @@ def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
         All three; none for a device of a few large matrix units (TPU), over which no waves of tiles run: there the
         four-constant form fits dense and MoE steps with one rate, a carried surface does not (validation/published).
     """
-    if device.compute_units.value < FEWEST_UNITS:
+    if not takes_surfaces(device):
         return NO_SURFACES
     gemm, gemm_origin = gemm_surface_for(device, library)
     attention, attention_origin = attention_surface_for(device, library)

@@ -2,7 +2,8 @@
 
 A device with a fitted surface answers from it (``fitted``; ``extrapolated`` outside the domain it was fitted in, for
 another precision or pass). Any other device answers from a surface carried over from a measured one (``transferred``),
-with the interval that predicting measured devices from each other has shown.
+with the interval that predicting measured devices from each other has shown; GEMMs and attention on one that surfaces
+do not suit (TPU) from the plain form that also prices its steps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from moesim.cost.attention_surface import (
 )
 from moesim.cost.efficiency_surfaces import device_rates
 from moesim.cost.fitted_surfaces import FittedSurfaces
+from moesim.cost.kernel_times import CAUSAL_SHARE, attention_core_s
 from moesim.cost.moe_rank_loads import (
     UNGATED_KERNEL,
     MoeShapes,
@@ -44,6 +46,7 @@ from moesim.cost.surface_transfer import (
     kernel_machine,
     moe_surface_at,
     moe_surface_for,
+    takes_surfaces,
 )
 from moesim.describe.hardware import Device
 from moesim.describe.hardware_library import HardwareLibrary
@@ -51,7 +54,7 @@ from moesim.describe.quantities import PRECISION_BYTES
 from moesim.errors import FormatError, Problem, ScenarioError
 from moesim.structure.columns import FloatArray
 from moesim.structure.lowering_layers import FLASH_BACKWARD_MATMULS_OVER_FORWARD
-from moesim.structure.step_graph import Gemm, Phase, linear_extents
+from moesim.structure.step_graph import AttentionCore, Gemm, Phase, linear_extents
 
 OPERATORS = ("gemm", "moe", "attention")
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -163,7 +166,7 @@ def _predict_gemm(
         for size, of_phase in zip((rows, width, inner), by_phase[phase], strict=True):
             size[at_pass] = np.asarray(of_phase)[at_pass]
     surface, origin = gemm_surface_for(device, library)
-    rates = device_rates(device, surfaces=FittedSurfaces(gemm=surface))
+    rates = device_rates(device, surfaces=FittedSurfaces(gemm=surface) if takes_surfaces(device) else None)
     time_s = np.empty(len(rows))
     for precision, part in _by_precision(columns):
         ones, operand_bytes = np.ones(part.sum()), PRECISION_BYTES[precision]
@@ -182,14 +185,37 @@ def _predict_attention(
     surface, origin = attention_surface_for(device, library)
     time_s = np.empty(len(shapes.batch))
     for precision, part in _by_precision(columns):
-        at = attention_surface_at(surface, kernel_machine(device, precision))
-        time_s[part] = attention_time_s(at, AttentionShapes(*(column[part] for column in astuple(shapes))))
+        some = AttentionShapes(*(column[part] for column in astuple(shapes)))
+        if takes_surfaces(device):
+            at = attention_surface_at(surface, kernel_machine(device, precision))
+            time_s[part] = attention_time_s(at, some)
+        else:
+            time_s[part] = _plain_attention_s(device, some, precision)
     is_masked = columns["is_causal"] == "true"
     inside = is_in_attention_domain(surface, shapes) & _is_as_fitted(columns) & is_masked
     factor = np.where(columns["pass"] == "backward", FLASH_BACKWARD_MATMULS_OVER_FORWARD, 1.0) * np.where(
         is_masked, 1.0, 2.0
     )
     return _prediction(time_s * factor, attention_half_widths(surface, time_s), inside, origin)
+
+
+def _plain_attention_s(device: Device, shapes: AttentionShapes, precision: str) -> FloatArray:
+    """Causal prefill as a step of a device without surfaces prices it; keys, values, queries and outputs moved once."""
+    rates, time_s = device_rates(device), np.empty(len(shapes.batch))
+    for head_size in np.unique(shapes.head_size):
+        part = shapes.head_size == head_size
+        tokens, heads = (shapes.batch * shapes.sequence)[part], shapes.heads[part]
+        work = AttentionCore(
+            pairs=tokens * shapes.sequence[part],
+            heads=heads,
+            matmul_width=2.0 * float(head_size),
+            visible_fraction=CAUSAL_SHARE,
+            io_elements=2.0 * tokens * float(head_size) * (heads + shapes.kv_heads[part]),
+            precision=precision,
+            element_bytes=PRECISION_BYTES[precision],
+        )
+        time_s[part] = attention_core_s(work, rates, kernels=1)
+    return time_s
 
 
 def _predict_moe(device: Device, columns: Mapping[str, npt.NDArray[Any]], library: HardwareLibrary) -> KernelPrediction:

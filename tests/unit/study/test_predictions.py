@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moesim.cli import main
+from moesim.cost.efficiency_surfaces import device_rates
+from moesim.cost.operators import attention_cost, gemm_cost
+from moesim.describe.hardware_library import HardwareLibrary
+from moesim.structure.step_graph import AttentionCore, Gemm
 
 GEMM = "label,m,n,k\na,4096,4096,4096\nb,1,64,64\nc,8192,7168,2048\n"
 ATTENTION = "batch_size,isl,num_heads,num_key_value_heads,head_dim,pass,is_causal\n" + "".join(
@@ -87,6 +92,19 @@ def test_layers_outside_what_was_measured_are_extrapolated_with_wider_intervals(
 def test_layers_of_devices_without_tables_are_transferred(tmp_path: Path) -> None:
     assert {row["source"] for row in predicted(tmp_path, "moe", "v100_sxm2_32gb", MOE)} == {"transferred"}
     assert {row["source"] for row in predicted(tmp_path, "attention", "tpu_v4", ATTENTION)} == {"transferred"}
+
+
+def test_a_device_that_surfaces_do_not_suit_is_predicted_as_its_steps_are_priced(tmp_path: Path) -> None:
+    rates = device_rates(HardwareLibrary().device("tpu_v4"))
+    size = np.array([4096.0])
+    (gemm,) = predicted(tmp_path, "gemm", "tpu_v4", "m,n,k\n4096,4096,4096\n")
+    work = Gemm(size, size, size, np.ones(1), "bf16", 2.0, 2.0)
+    assert float(gemm["predicted_us"]) == pytest.approx(1e6 * float(gemm_cost(work, rates)[0][0]), rel=1e-5)
+    header = "batch_size,isl,num_heads,num_key_value_heads,head_dim\n"
+    (attention,) = predicted(tmp_path, "attention", "tpu_v4", header + "2,4096,16,16,128\n")
+    core = AttentionCore(2 * size**2, np.array([16.0]), 256.0, 0.5, 2 * size * 128 * 64, "bf16", 2.0)
+    seconds = float(attention_cost(core, rates, 1)[0][0])
+    assert float(attention["predicted_us"]) == pytest.approx(1e6 * seconds, rel=1e-5)
 
 
 def test_experts_without_a_gate_cost_less_and_sizes_may_be_written_as_decimals(tmp_path: Path) -> None:
