@@ -264,7 +264,7 @@ def test_a_copied_folder_runs_on_torch_and_numpy_alone_within_its_budget(tmp_pat
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_whole_lines_and_can_go_on(tmp_path: Path, end: signal.Signals) -> None:
     arguments = ("single_gpu", "--device", "cpu", "--budget", "60s", "--out", "out.jsonl", "--suites")
-    process = start_copied(tmp_path, *arguments, "memory_bound,optimizer,dispatch")
+    process = start_copied(tmp_path, *arguments, "memory_bound,optimizer,dispatch,gemm,grouped_gemm,attention")
     path = tmp_path / "out.jsonl"
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= 3):
         time.sleep(0.02)

@@ -159,7 +159,9 @@ def few_probes(monkeypatch):
 
 @pytest.mark.usefixtures("few_probes")
 def test_validation_writes_a_report_and_surfaces_that_can_be_read_back(tmp_path):
-    write_table(tmp_path, ROWS.time_s * np.exp(0.01 * np.random.default_rng(0).standard_normal(ROWS.time_s.size)))
+    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(ROWS.time_s.size))
+    written = replace(ROWS, time_s=ROWS.time_s * noise)
+    write_table(tmp_path, written.time_s)
     problems = write_moe_validation(
         tmp_path, {"planted": MACHINE}, reports=tmp_path / "reports", surfaces=tmp_path / "surfaces"
     )
@@ -171,7 +173,9 @@ def test_validation_writes_a_report_and_surfaces_that_can_be_read_back(tmp_path)
     surface = moe_surface_from_document(document)
     kept = select_moe_rows(ROWS, is_judged(ROWS))
     assert error_statistics(moe_time_s(surface, kept.shapes, kept.load), kept.time_s).median < 0.02
-    assert document["provenance"]["rows"] == kept.time_s.size
+    dropped = is_slower_than_harder_rows(written) | is_slower_than_scaled_rows(written)  # some: caches break rule 2
+    assert dropped.mean() < 0.1
+    assert document["provenance"]["rows"] == (is_judged(ROWS) & ~dropped).sum()
 
 
 @pytest.mark.usefixtures("few_probes")
