@@ -401,7 +401,7 @@ def grouped_gemm_parts(
 
 
 def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
-    """Values the residual grids may depend on: binary logarithms, but for ``unevenness``.
+    """Values the residual grids may depend on: binary logarithms, but for ``unevenness`` and ``ragged``.
 
     Parameters
     ----------
@@ -414,8 +414,9 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
     -------
     dict
         ``expert_tokens`` (per active expert), ``inter`` (local), ``hidden``, ``experts``, ``local_experts``,
-        ``active_experts``, ``tokens``, ``slab`` (bytes of an expert's first matrices), ``working_set`` (bytes) and
-        ``unevenness``.
+        ``active_experts``, ``tokens``, ``expert_ranks``, ``slab`` (bytes of an expert's first matrices), ``weights``
+        (bytes of the experts hit), ``activations`` (bytes of tokens and of rows in and out), ``working_set`` (bytes),
+        ``unevenness`` and ``ragged`` (1 where the local inner size is no multiple of CHUNK).
     """
     columns = {
         "expert_tokens": load.slots / np.maximum(load.active_experts, 1.0),
@@ -425,12 +426,16 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
         "local_experts": shapes.local_experts,
         "active_experts": load.active_experts,
         "tokens": shapes.tokens,
+        "expert_ranks": shapes.expert,
+        "weights": ELEMENT_BYTES * load.active_experts * shapes.hidden * shapes.local_inter * shapes.projections,
+        "activations": ELEMENT_BYTES * (shapes.tokens + 2.0 * load.slots) * shapes.hidden,
         "slab": ELEMENT_BYTES * (shapes.projections - 1.0) * shapes.local_inter * shapes.hidden,
         "working_set": _working_set(shapes, load, 1.0),
     }
     shape = np.broadcast_shapes(*(np.shape(column) for column in columns.values()))
     logs = {name: np.broadcast_to(np.log2(np.maximum(column, 1.0)), shape) for name, column in columns.items()}
-    return {**logs, "unevenness": np.broadcast_to(load.unevenness, shape)}
+    ragged = np.where(shapes.local_inter % CHUNK != 0.0, 1.0, 0.0)
+    return {**logs, "unevenness": np.broadcast_to(load.unevenness, shape), "ragged": np.broadcast_to(ragged, shape)}
 
 
 def moe_flops(shapes: MoeShapes, load: RankLoad) -> FloatArray:

@@ -73,6 +73,32 @@ KNOTS: dict[str, tuple[float, ...]] = {
 }
 """Binary logarithms (but for the unevenness); 289 values in all."""
 
+LAYER_CACHE_DEVICES = ("l40s",)
+"""Devices whose last-level cache (96 MB) holds whole layers: where the cache ends decides their errors."""
+LAYER_CACHE_AXES: tuple[tuple[str, ...], ...] = (
+    ("expert_tokens", "slab"),
+    ("expert_tokens", "experts"),
+    ("expert_tokens", "unevenness"),
+    ("expert_tokens", "hidden"),
+    ("tokens", "experts"),
+    ("activations", "weights"),
+    ("activations", "ragged"),
+    ("activations", "expert_ranks"),
+    ("slab", "unevenness"),
+    ("inter", "hidden"),
+)
+LAYER_CACHE_KNOTS: dict[str, tuple[float, ...]] = {
+    **KNOTS,
+    "expert_tokens": (0, 4, 6, 7, 8, 10, 12),
+    "slab": (20, 22, 24, 26, 27, 27.8, 28.6),
+    "activations": (20, 23, 24.5, 25.3, 26, 26.6, 27.2, 28, 30),
+    "weights": (20, 23, 25, 26, 26.5, 27, 28, 30),
+    "ragged": (0.0, 1.0),
+    "expert_ranks": (0, 2, 4),
+    "inter": (5, 7, 9, 11, 13),
+}
+"""Their grids, in place of GRID_AXES: weights against activations around the cache's size; 296 values in all."""
+
 FORMULA_ROWS = 2500
 """Rows the formula is fitted on, drawn at random; more change nothing."""
 ROBUST_SCALE = 0.06
@@ -283,7 +309,8 @@ def fit_moe(device: str, rows: MoeRows, machine: MoeMachine, *, has_grids: bool 
         return surface
     log_errors = np.log(rows.time_s / moe_time_s(surface, rows.shapes, rows.load))
     coordinates = moe_coordinates(rows.shapes, rows.load)
-    grids = fit_residual_grids(GRID_AXES, KNOTS, coordinates, log_errors, _token_probes(surface, rows.shapes))
+    axes, knots = (GRID_AXES, KNOTS) if device not in LAYER_CACHE_DEVICES else (LAYER_CACHE_AXES, LAYER_CACHE_KNOTS)
+    grids = fit_residual_grids(axes, knots, coordinates, log_errors, _token_probes(surface, rows.shapes))
     return replace(surface, grids=grids)
 
 

@@ -20,6 +20,7 @@ from moesim.cost.moe_rank_loads import (
 from moesim.cost.moe_surface import (
     MoeTimeSurface,
     is_in_moe_domain,
+    moe_coordinates,
     moe_flops,
     moe_formula_time_s,
     moe_half_widths,
@@ -67,6 +68,15 @@ def test_a_surface_holds_few_numbers_and_its_provenance(name):
     assert sum(len(grid["values"]) for grid in document["grids"]) <= 300
     assert "Apache-2.0" in document["provenance"]["source"]
     assert document["provenance"]["held_out"]["power law"]["median"] < 0.05
+
+
+def test_coordinates_are_binary_logarithms_of_bytes_by_hand():
+    shapes = layer(1024, 2048, 96, 8, 64, 1, 4, 3)  # 16 experts on the rank, 1024 x 8 / 4 = 2048 slots
+    found = moe_coordinates(shapes, balanced_rank_load(shapes))
+    assert 2.0 ** found["weights"] == pytest.approx(16 * 3 * 2048 * 96 * 2)
+    assert 2.0 ** found["activations"] == pytest.approx((1024 + 2 * 2048) * 2048 * 2)
+    assert found["expert_ranks"] == 2.0
+    assert found["ragged"] == 1.0  # 96 columns are no multiple of 64
 
 
 def test_one_expert_by_hand():

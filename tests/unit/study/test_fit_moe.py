@@ -135,6 +135,21 @@ def test_grids_learn_what_the_formula_cannot_say_and_do_not_fall():
         assert (time_s >= np.maximum.accumulate(time_s) * 0.99).all()
 
 
+def test_a_device_that_caches_layers_learns_weights_against_activations():
+    shapes = ROWS.shapes
+    activations = 2.0 * (shapes.tokens + 2.0 * ROWS.load.slots) * shapes.hidden
+    weights = 2.0 * ROWS.load.active_experts * shapes.hidden * shapes.local_inter * shapes.projections
+    slow = np.where((activations < 3e7) & (weights > 1e8), 0.3, 0.0)  # a corner no sum of the two can say
+    bumped = with_times(ROWS.time_s * np.exp(slow))
+    errors, axes = {}, {}
+    for device in ("planted", "l40s"):
+        surface = fit_moe(device, bumped, MACHINE)
+        axes[device] = {grid.axes for grid in surface.grids}
+        errors[device] = error_statistics(moe_time_s(surface, ROWS.shapes, ROWS.load), bumped.time_s).median
+    assert ("activations", "weights") in axes["l40s"] - axes["planted"]
+    assert errors["l40s"] < errors["planted"]
+
+
 def test_judged_rows_have_sixteen_tokens_and_at_most_sixteen_ranks():
     kept = select_moe_rows(ROWS, is_judged(ROWS))
     assert kept.shapes.tokens.min() == 16
