@@ -348,7 +348,9 @@ def _validation_folder(given: Path | None, name: str) -> Path:
         raise FormatError([Problem(code="E-FMT-001", message=message, remedy=remedy)]) from None
 
 
-DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the published figures.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="PATH", help="Published figures: a table or its folder.")
+]
 ReportOption = Annotated[
     Path | None, typer.Option("--report", metavar="FILE.md", help="Write the error table to a file.")
 ]

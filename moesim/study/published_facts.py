@@ -10,7 +10,8 @@ from pathlib import Path
 
 from moesim.errors import FormatError, Problem
 
-RUNS_FILE = "runs.csv"
+RUNS_FILES = ("runs.csv", "published_runs.csv")
+"""Names a table has in a folder, the one carried into ``validation/published`` first."""
 DEVICES_PER_PUBLISHED: dict[str, int] = {"TPU v3": 2}
 """The table counts chips; moesim counts what the framework calls a device."""
 
@@ -82,14 +83,15 @@ class PublishedRun:
 
 
 def read_published_runs(data: Path) -> list[PublishedRun]:
-    """Read the runs of ``runs.csv`` in a folder; rows of tier D (known bad) are left out.
+    """Read a table of runs, or the one in a folder (``RUNS_FILES``); rows of tier D (known bad) are left out.
 
     Raises
     ------
     FormatError
         If the file cannot be read or lacks a column.
     """
-    path = data / RUNS_FILE
+    inside = [data / name for name in RUNS_FILES]
+    path = data if data.is_file() else next((one for one in inside if one.is_file()), inside[0])
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))

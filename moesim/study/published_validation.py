@@ -225,7 +225,7 @@ def run_published_validation(data: Path, out: Path | None = None) -> PublishedRe
     Parameters
     ----------
     data : Path
-        Folder that holds ``runs.csv``: ``validation/published`` of a checkout.
+        A table of published runs, or a folder that holds one: ``validation/published`` of a checkout.
     out : Path or None
         Folder for ``report.md`` and ``errors.csv``; nothing is written if None.
 
@@ -237,7 +237,7 @@ def run_published_validation(data: Path, out: Path | None = None) -> PublishedRe
     Raises
     ------
     FormatError
-        If the folder has no such table.
+        If there is no such table.
     """
     library = HardwareLibrary()
     errors: list[RunError] = []

@@ -328,6 +328,9 @@ def test_files_are_written_and_rows_of_tier_d_left_out(tmp_path: Path) -> None:
     assert [(run.id, run.field) for run in result.skipped] == [("odd", "parallelism.expert")]
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == result.to_markdown()
     assert (tmp_path / "out" / "errors.csv").read_text(encoding="utf-8") == result.to_csv()
+    table = (tmp_path / "runs.csv").rename(tmp_path / "published_runs.csv")
+    for data in (tmp_path, table):  # the full table's own name, and the table itself
+        assert run_published_validation(data).to_csv() == result.to_csv()
 
 
 def test_folder_without_a_table_is_a_kind_error(tmp_path: Path) -> None:
