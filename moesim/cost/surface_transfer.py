@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moesim.cost.attention_surface import AttentionTimeSurface, attention_surface_from_document
-from moesim.cost.efficiency_surfaces import DeviceRates, device_rates
+from moesim.cost.efficiency_surfaces import device_rates
 from moesim.cost.fitted_surfaces import (
     NO_SURFACES,
     NORMAL_QUANTILE,
@@ -144,7 +144,7 @@ def _own(figure: Figure) -> float | None:
 
 def lender(device: Device) -> Lender:
     """What the choice of a source looks at in a device."""
-    balance = peak_flop_rate(device_rates(device), "bf16") / device.memory_bandwidth.value
+    balance = device_rates(device).peak_for("bf16") / device.memory_bandwidth.value
     return Lender(device.id, device.generation, balance)
 
 
@@ -178,11 +178,6 @@ def nearest_lender(taker: Lender, measured: Sequence[Lender], rules: TransferRul
     return min(lenders, key=distance)
 
 
-def peak_flop_rate(rates: DeviceRates, precision: str) -> float:
-    """Peak FLOP/s of a precision; where a device has only one of the 16-bit formats, it serves for the other."""
-    return rates.peak_for(precision)
-
-
 def kernel_machine(device: Device, precision: str = "bf16") -> GemmMachine:
     """Datasheet figures of a device at a precision.
 
@@ -201,7 +196,7 @@ def kernel_machine(device: Device, precision: str = "bf16") -> GemmMachine:
     """
     narrow = WIDE_BYTES / ELEMENT_BYTES.get(precision, WIDE_BYTES)
     return GemmMachine(
-        peak_flop_rate=peak_flop_rate(device_rates(device), precision),
+        peak_flop_rate=device_rates(device).peak_for(precision),
         memory_bandwidth=device.memory_bandwidth.value * narrow,
         compute_units=device.compute_units.value,
         l2_cache_bytes=(device.l2_cache.value if device.l2_cache else 1.0) * narrow,
@@ -213,7 +208,7 @@ def _machine_like(device: Device, source: Device) -> GemmMachine:
     machine = kernel_machine(device)
     if device.vendor == source.vendor:
         return machine
-    per_unit = peak_flop_rate(device_rates(source), "bf16") / source.compute_units.value
+    per_unit = device_rates(source).peak_for("bf16") / source.compute_units.value
     return replace(machine, compute_units=max(machine.peak_flop_rate / per_unit, 1.0))
 
 
