@@ -95,11 +95,14 @@ class HostSampler(AbstractSampler):
 class EventSampler(AbstractSampler):
     """Seconds between two CUDA events around the calls, or around the graph that holds them."""
 
-    def __init__(self, run: Callable[[], None], calls_per_sample: int, expected_s: float, timed_by: str):
+    def __init__(
+        self, run: Callable[[], None], calls_per_sample: int, expected_s: float, timed_by: str, holds: object = None
+    ):
         self.calls_per_sample = calls_per_sample
         self.expected_s = expected_s
         self.timed_by = timed_by
         self._run = run
+        self._holds = holds  # a graph knows addresses only: without this, tensors under them would be freed
         self._events: list[tuple[_Event, _Event]] = []
 
     def start(self) -> None:
@@ -167,7 +170,7 @@ def build_sampler(works: Sequence[Work], timing: Timing, bench: Workbench) -> Ti
         return Timed(EventSampler(run, count, expected_s, "cuda_events"), host_s)
     graph.replay()
     bench.wait()
-    return Timed(EventSampler(graph.replay, count, expected_s, "cuda_graph"), host_s)
+    return Timed(EventSampler(graph.replay, count, expected_s, "cuda_graph", holds=run), host_s)
 
 
 def _warm_up(calls: Sequence[Callable[[], object]], bench: Workbench) -> float:
