@@ -101,25 +101,39 @@ def measure(
     while pending and deadline.left_s > 0:
         slice_s = min(max(deadline.left_s / len(pending), SLICE_S[0]), SLICE_S[1])
         batch = _next_batch(pending, bench)
-        prepared = []
-        for case in batch:
-            if deadline.left_s <= 0:
-                break
+        for _ in range(_measure_batch(batch, bench, write, session, deadline, slice_s, progress)):
             pending.pop(0)
-            made = _prepare(case, bench, slice_s)
-            if isinstance(made, str):
-                write({"record": "skip", "session": session, **description(case), "reason": made})
-                progress.skipped += 1
-            else:
-                prepared.append(made)
-        for done in _sampled(prepared, bench, deadline):
-            write({"record": "result", "session": session, **description(done.case), **measurement(done, bench)})
-            progress.measured += 1
-            progress.latest = done.case.identifier
-        prepared.clear()
         bench.release()
         report(progress)
     return progress
+
+
+def _measure_batch(
+    batch: Sequence[Case],
+    bench: Workbench,
+    write: Callable[[Record], None],
+    session: str,
+    deadline: Deadline,
+    slice_s: float,
+    progress: Progress,
+) -> int:
+    """Measure cases in turns and return how many were begun; nothing holds their memory after that."""
+    prepared, num_begun = [], 0
+    for case in batch:
+        if deadline.left_s <= 0:
+            break
+        num_begun += 1
+        made = _prepare(case, bench, slice_s)
+        if isinstance(made, str):
+            write({"record": "skip", "session": session, **description(case), "reason": made})
+            progress.skipped += 1
+        else:
+            prepared.append(made)
+    for done in _sampled(prepared, bench, deadline):
+        write({"record": "result", "session": session, **description(done.case), **measurement(done, bench)})
+        progress.measured += 1
+        progress.latest = done.case.identifier
+    return num_begun
 
 
 def _next_batch(pending: Sequence[Case], bench: Workbench) -> list[Case]:

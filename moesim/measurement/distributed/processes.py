@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -114,17 +114,28 @@ def open_ranks(launch: Launch, backend: BackendName, *, expert_parallel: int | N
         what = f"rank {launch.rank}: the {size} processes did not find each other within {timeout_s:g} s ({error})"
         remedy = "make sure that all were started and reach MASTER_ADDR, or give a longer --timeout"
         raise MoesimError(what, remedy, "E-RUN-001") from error
-    replicas = size // width
-    experts = [list(range(first * width, (first + 1) * width)) for first in range(replicas)]
-    copies = [list(range(place, size, width)) for place in range(width)]
-    return Ranks(
-        rank=launch.rank,
-        size=size,
-        expert_parallel=width,
-        backend=backend,
-        expert_group=_group_of(launch.rank, experts, size),
-        replica_group=_group_of(launch.rank, copies, size),
-        store=dist.PrefixStore("messages", store),
+    everyone = Ranks(rank=launch.rank, size=size, backend=backend, store=dist.PrefixStore("messages", store))
+    return form_groups(everyone, width)
+
+
+def form_groups(ranks: Ranks, expert_parallel: int) -> Ranks:
+    """Return the same processes in groups that share the experts, and groups that hold the same ones.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        The processes.
+    expert_parallel : int
+        Ranks among which the experts are spread; it divides their number.
+    """
+    replicas = ranks.size // expert_parallel
+    experts = [list(range(first * expert_parallel, (first + 1) * expert_parallel)) for first in range(replicas)]
+    copies = [list(range(place, ranks.size, expert_parallel)) for place in range(expert_parallel)]
+    return replace(
+        ranks,
+        expert_parallel=expert_parallel,
+        expert_group=_group_of(ranks.rank, experts, ranks.size),
+        replica_group=_group_of(ranks.rank, copies, ranks.size),
     )
 
 

@@ -31,6 +31,9 @@ class AbstractStore(Protocol):
     def wait(self, keys: list[str], timeout: timedelta) -> None:
         """Wait for keys, or raise."""
 
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+
 
 @dataclass(slots=True)
 class Ranks:
@@ -141,7 +144,7 @@ class Ranks:
         return max(number for (number,) in self.gather_numbers([value]))
 
     def agree(self, reason: str | None) -> str | None:
-        """Tell the others whether something failed here, and return the first failure of all ranks.
+        """Tell the others whether something failed here, and return the failures of all ranks in one line.
 
         Parameters
         ----------
@@ -154,11 +157,26 @@ class Ranks:
             If it failed here and another rank does not answer: it waits in an exchange that cannot end.
         """
         answers = self.gather(reason, FAILURE_TIMEOUT_S if reason is not None else None)
-        failed = [(rank, answer) for rank, answer in enumerate(answers) if answer is not None]
-        if not failed:
-            return None
-        rank, answer = failed[0]
-        return str(answer) if self.size == 1 or len(failed) == self.size else f"rank {rank}: {answer}"
+        failed = {rank: str(answer) for rank, answer in enumerate(answers) if answer is not None}
+        if len(failed) == self.size and len(set(failed.values())) == 1:
+            return failed[0]
+        return "; ".join(f"rank {rank}: {answer}" for rank, answer in failed.items()) or None
+
+    def leave(self, reason: str) -> None:
+        """Tell the others that this rank ends, for those who find their exchange with it broken.
+
+        Parameters
+        ----------
+        reason : str
+            Why.
+        """
+        if self.store is not None:
+            self.store.set(f"moesim/left/{self.rank}", reason)
+
+    def those_who_left(self) -> list[int]:
+        """Return the ranks that have ended."""
+        store = self.store
+        return [] if store is None else [rank for rank in range(self.size) if store.check([f"moesim/left/{rank}"])]
 
     def copy_from_first(self, tensors: Sequence[Tensor], *, among_replicas: bool) -> None:
         """Overwrite tensors by those of the first rank, or of the first rank that holds the same experts.

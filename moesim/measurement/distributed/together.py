@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 BATCH_CASES = 4
 SAMPLE_S = 5e-3
 """Ranks leave a barrier some 10 to 100 microseconds apart."""
+GO_ON = "the case is skipped from now on: run the same command again to measure the others"
 
 
 def measure_together(
@@ -81,23 +82,37 @@ def measure_together(
     """
     progress, pending = Progress(len(cases)), list(cases)
     while pending and (slice_s := _agreed_slice_s(ranks, deadline, len(pending))) > 0:
-        prepared = []
-        for case in _next_batch(pending, bench):
-            pending.pop(0)
-            made = _prepare(case, bench, ranks, slice_s, write, session)
-            if isinstance(made, str):
-                _write_skip(write, session, case, made)
-                progress.skipped += 1
-            else:
-                prepared.append(made)
-        for done in _sampled(prepared, bench, ranks, deadline):
-            write({"record": "result", "session": session, **description(done.case), **measurement(done, bench)})
-            progress.measured += 1
-            progress.latest = done.case.identifier
-        prepared.clear()
+        batch = _next_batch(pending, bench)
+        _measure_batch(batch, bench, ranks, write, session, deadline, slice_s, progress)
+        del pending[: len(batch)]
         bench.release()
         report(progress)
     return progress
+
+
+def _measure_batch(
+    batch: Sequence[Case],
+    bench: Workbench,
+    ranks: Ranks,
+    write: Callable[[Record], None],
+    session: str,
+    deadline: Deadline,
+    slice_s: float,
+    progress: Progress,
+) -> None:
+    """Measure cases in turns; nothing holds their memory after that."""
+    prepared = []
+    for case in batch:
+        made = _prepare(case, bench, ranks, slice_s, write, session)
+        if isinstance(made, str):
+            _write_skip(write, session, case, made)
+            progress.skipped += 1
+        else:
+            prepared.append(made)
+    for done in _sampled(prepared, bench, ranks, deadline):
+        write({"record": "result", "session": session, **description(done.case), **measurement(done, bench)})
+        progress.measured += 1
+        progress.latest = done.case.identifier
 
 
 def _agreed_slice_s(ranks: Ranks, deadline: Deadline, num_pending: int) -> float:
@@ -133,12 +148,7 @@ def _prepare(
         call_s = warm_up([work.call for work in works], bench)
     except (RuntimeError, AttributeError, TypeError) as error:  # out of memory; not in this torch; another rank died
         reason = why_unmeasured(error)
-    try:
-        agreed = ranks.agree(reason)
-    except RuntimeError as error:
-        _write_skip(write, session, case, f"rank {ranks.rank}: {reason}")
-        what = f"rank {ranks.rank} failed in {case.identifier} and another rank does not answer: {reason}"
-        raise MoesimError(what, "the same command goes on behind this case", "E-RUN-001") from error
+    agreed = _agreed(case, ranks, reason, write, session)
     if agreed is not None:
         return agreed
     expected_s = ranks.largest(call_s)
@@ -147,6 +157,23 @@ def _prepare(
     num_samples = min(max(affordable, MIN_SAMPLES), MAX_SAMPLES)
     work = works[-1]
     return Prepared(case, timed, work.implementation, work.repetitions, num_sets, num_samples, [], work.details)
+
+
+def _agreed(case: Case, ranks: Ranks, reason: str | None, write: Callable[[Record], None], session: str) -> str | None:
+    """Return why a case is skipped by all ranks, or end where a rank cannot go on; a next run begins behind the case."""
+    try:
+        agreed = ranks.agree(reason)
+    except RuntimeError as error:
+        ranks.leave(str(reason))
+        _write_skip(write, session, case, f"rank {ranks.rank}: {reason}")
+        what = f"rank {ranks.rank} failed in {case.identifier} while another rank waited for it: {reason}"
+        raise MoesimError(what, GO_ON, "E-RUN-001") from error
+    gone = ranks.those_who_left() if agreed is not None else []
+    if gone and agreed is not None:
+        _write_skip(write, session, case, agreed)
+        what = f"rank {ranks.rank} lost rank {gone[0]} in {case.identifier}: {agreed}"
+        raise MoesimError(what, GO_ON, "E-RUN-001")
+    return agreed
 
 
 def _timed(calls: list[Callable[[], object]], call_s: float, bench: Workbench) -> Timed:

@@ -120,9 +120,7 @@ def make_parameters(
         Whether there is an optimizer: without it, masters and moments are left out.
     """
     weights = {shape.name: _filled(bench, shape, dtype) for shape in shapes}
-    for is_expert in (False, True):
-        group = [weights[shape.name] for shape in shapes if shape.is_expert == is_expert]
-        ranks.copy_from_first(group, among_replicas=is_expert)
+    _share(list(weights.values()), shapes, ranks)
     sums: dict[str, Tensor] = {}
     shared = _with_views(bench, [shape for shape in shapes if not shape.is_expert], sums)
     experts = _with_views(bench, [shape for shape in shapes if shape.is_expert], sums)
@@ -134,8 +132,17 @@ def make_parameters(
     masters = [weight if weight.dtype == torch.float32 else weight.float() for weight in weights.values()]
     first = [bench.normal(*master.shape, dtype="fp32", scale=MOMENT_SCALE) for master in masters]
     second = [bench.normal(*master.shape, dtype="fp32", scale=MOMENT_SCALE).square_() for master in masters]
+    _share(first, shapes, ranks)
+    _share(second, shapes, ranks)
     counts = [torch.ones((), device=bench.device) for _ in masters]
     return TrainedParameters(weights, sums, shared, experts, masters, first, second, counts)
+
+
+def _share(tensors: Sequence[Tensor], shapes: Sequence[ParameterShape], ranks: Ranks) -> None:
+    """Make tensors equal on the ranks that share their weights."""
+    for is_expert in (False, True):
+        group = [tensor for tensor, shape in zip(tensors, shapes, strict=True) if shape.is_expert == is_expert]
+        ranks.copy_from_first(group, among_replicas=is_expert)
 
 
 def _filled(bench: Workbench, shape: ParameterShape, dtype: str) -> Tensor:

@@ -189,18 +189,16 @@ def _all_reduce(buffers: Buffers, *, is_asynchronous: bool, group: object = None
 def _all_gather(buffers: Buffers, *, is_asynchronous: bool, group: object = None) -> AbstractPending:
     import torch.distributed as dist
 
-    pending: AbstractPending = dist.all_gather_into_tensor(
-        buffers.goal, buffers.source, group=group, async_op=is_asynchronous
-    )
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
+    pending: AbstractPending = gather(buffers.goal, buffers.source, group=group, async_op=is_asynchronous)
     return pending
 
 
 def _reduce_scatter(buffers: Buffers, *, is_asynchronous: bool, group: object = None) -> AbstractPending:
     import torch.distributed as dist
 
-    pending: AbstractPending = dist.reduce_scatter_tensor(
-        buffers.goal, buffers.source, group=group, async_op=is_asynchronous
-    )
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the older name
+    pending: AbstractPending = scatter(buffers.goal, buffers.source, group=group, async_op=is_asynchronous)
     return pending
 
 
@@ -275,6 +273,6 @@ _START: dict[str, Callable[..., AbstractPending]] = {
 _IMPLEMENTATION = {
     "all_to_all": "all_to_all_single",
     "all_reduce": "all_reduce, MAX",
-    "all_gather": "all_gather_into_tensor",
-    "reduce_scatter": "reduce_scatter_tensor",
+    "all_gather": "all_gather_single",
+    "reduce_scatter": "reduce_scatter_single",
 }

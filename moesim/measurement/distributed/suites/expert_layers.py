@@ -78,6 +78,7 @@ def _case(target: DistributedTarget, shape: ExpertLayerShape, preset: str, dtype
         traffic_bytes=layer_bytes(shape, rows, dtype, kind),
         working_set_bytes=layer_memory_bytes(shape, rows, dtype),
         prepare=partial(prepare_layer, target=target, shape=shape, routed=routed, dtype=dtype, kind=kind),
+        timing="eager" if target.is_learned else "device",  # the host waits for the router's counts
         loads=rows.loads,
     )
 

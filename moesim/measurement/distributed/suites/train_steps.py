@@ -187,9 +187,12 @@ def prepare_memory(bench: Workbench, *, target: DistributedTarget, shape: ModelS
     """
     if not bench.is_cuda:
         raise UnmeasurableError("memory cannot be measured on a processor: torch counts allocations of CUDA only")
+    import gc
+
     import torch
 
     bench.normal(1, dtype="fp32")  # the pool of random values is no part of the model
+    gc.collect()
     bench.wait()
     before = torch.cuda.memory_allocated()
     model = _model(bench, target, shape, preset, dtype)
