@@ -164,8 +164,9 @@ def _device_and_backend(
         _check_choice("--backend", backend, tuple(DEVICE_OF_BACKEND), problems)
     wanted = device if device is not None else DEVICE_OF_BACKEND.get(backend or "", "cuda")
     _check_choice("--device", wanted, ("cuda", "cpu"), problems)
-    if backend in DEVICE_OF_BACKEND and wanted in ("cuda", "cpu") and DEVICE_OF_BACKEND[backend] != wanted:
-        what = f"{backend} joins processes on {DEVICE_OF_BACKEND[backend]}, but --device is {wanted}"
+    joined = DEVICE_OF_BACKEND.get(backend or "", wanted)
+    if wanted in ("cuda", "cpu") and joined != wanted:
+        what = f"{backend} joins processes on {joined}, but --device is {wanted}"
         remedy = f"leave out --device, or --backend for {wanted}'s own"
         problems.append(Problem("E-SCN-011", what, remedy, field="--backend"))
     named: BackendName | None = "nccl" if backend == "nccl" else "gloo" if backend == "gloo" else None

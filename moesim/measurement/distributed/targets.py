@@ -19,6 +19,18 @@ class DistributedTarget:
     ranks: Ranks
     is_learned: bool = False
 
+    def presets(self, several: tuple[str, ...], alone: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the routing presets to measure; with learned routing there is only the number of tokens to take.
+
+        Parameters
+        ----------
+        several, alone : tuple of str
+            For several expert-parallel ranks, and for one.
+        """
+        if self.is_learned:
+            return ("W0",)
+        return several if self.ranks.expert_parallel > 1 else alone
+
     def draws(self, preset: str, shape: ExpertLayerShape, num_layers: int) -> tuple[Draw, ...]:
         """Draw the rows of several layers.
 

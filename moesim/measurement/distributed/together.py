@@ -160,7 +160,7 @@ def _prepare(
 
 
 def _agreed(case: Case, ranks: Ranks, reason: str | None, write: Callable[[Record], None], session: str) -> str | None:
-    """Return why a case is skipped by all ranks, or end where a rank cannot go on; a next run begins behind the case."""
+    """Return why all ranks skip a case, or end where a rank cannot go on; the next run begins behind the case."""
     try:
         agreed = ranks.agree(reason)
     except RuntimeError as error:
@@ -230,7 +230,7 @@ def _slowest(one: Prepared, ranks: Ranks) -> Prepared:
     slowest = [max(samples) for samples in zip(*of_ranks, strict=True)]
     medians = [summarise(samples).median_s for samples in of_ranks]
     host_s = None if one.timed.host_s is None else ranks.largest(one.timed.host_s)
-    details = {**one.details, "rank_medians_s": list(medians)}
+    details: Record = {**one.details, "rank_medians_s": list(medians)}
     return replace(one, samples_s=slowest, timed=Timed(one.timed.sampler, host_s), details=details)
 
 

@@ -47,7 +47,7 @@ CPU_SHAPES = (
 def cases(target: DistributedTarget) -> list[Case]:
     """Return the cases of layers: equal loads of each shape, then the other presets."""
     shapes = CPU_SHAPES if target.device == "cpu" else SHAPES
-    presets = PRESETS if target.ranks.expert_parallel > 1 else PRESETS_ALONE
+    presets = target.presets(PRESETS, PRESETS_ALONE)
     kinds: tuple[PassName, ...] = ("forward", "backward")
     return [
         _case(target, shape, preset, dtype, kind)
@@ -79,7 +79,7 @@ def _case(target: DistributedTarget, shape: ExpertLayerShape, preset: str, dtype
         working_set_bytes=layer_memory_bytes(shape, rows, dtype),
         prepare=partial(prepare_layer, target=target, shape=shape, routed=routed, dtype=dtype, kind=kind),
         timing="eager" if target.is_learned else "device",  # the host waits for the router's counts
-        loads=rows.loads,
+        loads=() if target.is_learned else rows.loads,
     )
 
 

@@ -99,7 +99,7 @@ def memory_cases(target: DistributedTarget) -> list[Case]:
 
 
 def _wanted(target: DistributedTarget) -> list[tuple[str, ModelShape]]:
-    presets = PRESETS if target.ranks.expert_parallel > 1 else PRESETS_ALONE
+    presets = target.presets(PRESETS, PRESETS_ALONE)
     divided = [shape for shape in shapes(target) if shape.layer.num_experts % target.ranks.expert_parallel == 0]
     return [(preset, shape) for preset in presets for shape in divided]
 
@@ -126,7 +126,7 @@ def _case(target: DistributedTarget, shape: ModelShape, preset: str, dtype: str,
         working_set_bytes=MEMORY_MARGIN * (held.state + pools * (held.peak - held.state)),
         prepare=partial(prepare_step, target=target, shape=shape, preset=preset, dtype=dtype),
         timing=timing,
-        loads=rows[0].loads,
+        loads=() if target.is_learned else rows[0].loads,
         rotates=False,
     )
 
