@@ -111,7 +111,8 @@ def open_ranks(launch: Launch, backend: BackendName, *, expert_parallel: int | N
         dist.init_process_group(backend, store=groups, rank=launch.rank, world_size=size, timeout=timeout)
         dist.barrier()
     except (RuntimeError, ValueError, OSError) as error:
-        what = f"rank {launch.rank}: the {size} processes did not find each other within {timeout_s:g} s ({error})"
+        reason = (str(error).splitlines() or [""])[0][:200]
+        what = f"rank {launch.rank}: the {size} processes did not find each other within {timeout_s:g} s ({reason})"
         remedy = "make sure that all were started and reach MASTER_ADDR, or give a longer --timeout"
         raise MoesimError(what, remedy, "E-RUN-001") from error
     everyone = Ranks(rank=launch.rank, size=size, backend=backend, store=dist.PrefixStore("messages", store))
