@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from moesim.errors import MoesimError, Problem, ScenarioError, nearest_name
 from moesim.measurement.cases import DeviceKind
+from moesim.measurement.distributed.optional_back_ends import BackEnds, ExchangeBy, ExpertsBy
 from moesim.measurement.distributed.processes import DEVICE_OF_BACKEND, BackendName
 from moesim.measurement.distributed.suites import DISTRIBUTED_SUITES
 from moesim.measurement.record_files import RecordFile
@@ -24,7 +25,8 @@ MAX_RANKS = 2**20
 USAGE = """python -m moesim measure SUITE [--budget 8min] [--out results.jsonl] [--device cuda|cpu] [--seed N]
            single_gpu: [--suites NAME,NAME]
            collectives, overlap, moe_layer, train_step, memory, by torchrun: [--backend nccl|gloo]
-                    [--expert-parallel N] [--routing drawn|learned] [--timeout 5min]"""
+                    [--expert-parallel N] [--routing drawn|learned] [--experts torch|grouped_gemm]
+                    [--exchange all_to_all|deepep] [--timeout 5min]"""
 DESCRIPTION = (
     "Measure kernels, layers, blocks and steps, and append the results to a file. A run that was cut goes on where it "
     "stopped. Several processes: torchrun --nproc-per-node 4 -m moesim measure moe_layer --backend gloo"
@@ -55,6 +57,8 @@ class Options:
         Ranks that share the experts; None for all.
     is_learned : bool
         Whether tokens go where the router says, not the draw.
+    back_ends : BackEnds
+        Libraries that replace torch's own.
     timeout_s : float
         How long a process waits for the others.
     """
@@ -68,6 +72,7 @@ class Options:
     backend: BackendName | None
     expert_parallel: int | None
     is_learned: bool
+    back_ends: BackEnds
     timeout_s: float
 
     @property
@@ -119,7 +124,12 @@ def read_options(argv: Sequence[str]) -> Options:
     _check_number("--seed", found.seed, (0, MAX_SEED - 1), problems)
     if found.expert_parallel is not None:
         _check_number("--expert-parallel", found.expert_parallel, (1, MAX_RANKS), problems)
-    _check_choice("--routing", found.routing, ("drawn", "learned"), problems)
+    for field, choice, legal in (
+        ("--routing", found.routing, ("drawn", "learned")),
+        ("--experts", found.experts, get_args(ExpertsBy)),
+        ("--exchange", found.exchange, get_args(ExchangeBy)),
+    ):
+        _check_choice(field, choice, legal, problems)
     if not found.out.strip():
         problems.append(Problem("E-OUT-001", "no file is named", "write one such as results.jsonl", field="--out"))
     if target in TARGETS and not is_distributed:
@@ -136,6 +146,10 @@ def read_options(argv: Sequence[str]) -> Options:
         backend=backend,
         expert_parallel=None if found.expert_parallel is None else int(found.expert_parallel),
         is_learned=found.routing == "learned",
+        back_ends=BackEnds(
+            "grouped_gemm" if found.experts == "grouped_gemm" else "torch",
+            "deepep" if found.exchange == "deepep" else "all_to_all",
+        ),
         timeout_s=timeout_s,
     )
 
@@ -152,6 +166,8 @@ def _parser() -> _Parser:
     add("--backend", help="nccl or gloo (default: what the device has)")
     add("--expert-parallel", help="ranks that share the experts (default: all); more ranks hold copies of them")
     add("--routing", default="drawn", help="drawn (default): tokens go where the simulator's draw says; learned")
+    add("--experts", default="torch", help="who multiplies: torch (default) or the package grouped_gemm")
+    add("--exchange", default="all_to_all", help="who exchanges rows: all_to_all (default) or the package deepep")
     add("--timeout", default="5min", help="how long a process waits for the others (default: 5min)")
     return parser
 

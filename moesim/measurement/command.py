@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from moesim.errors import MoesimError, Problem, ScenarioError
 from moesim.measurement.arguments import Options, read_options, usage_error
 from moesim.measurement.cases import Case, DeviceKind, Target, by_value
+from moesim.measurement.distributed.optional_back_ends import check_back_ends
 from moesim.measurement.distributed.processes import HOW_TO_LAUNCH, Launch, check_backend
 from moesim.measurement.distributed.ranks import ALONE
 from moesim.measurement.distributed.runs import (
@@ -108,7 +109,7 @@ def _run_alone(options: Options, launch: Launch | None, deadline: Deadline) -> F
     dtypes = _dtypes(options.device)
     if options.is_distributed:
         _check_group(options)
-        target = DistributedTarget(options.device, dtypes, options.seed, ALONE, options.is_learned)
+        target = DistributedTarget(options.device, dtypes, options.seed, ALONE, options.is_learned, options.back_ends)
         cases = distributed_cases(options.target, target)
     else:
         of_device = Target(options.device, dtypes, options.seed)
@@ -126,6 +127,7 @@ def _run_together(options: Options, launch: Launch, deadline: Deadline, is_first
         seed=options.seed,
         expert_parallel=options.expert_parallel,
         is_learned=options.is_learned,
+        back_ends=options.back_ends,
         timeout_s=options.timeout_s,
     )
 
@@ -226,6 +228,7 @@ def _check_torch(options: Options) -> None:
     if version and (int(version[1]), int(version[2])) < MIN_TORCH:
         wanted = ".".join(str(part) for part in MIN_TORCH)
         raise usage_error(f"torch is {torch.__version__}, but at least {wanted} is needed", "install a newer torch")
+    check_back_ends(options.back_ends)
     if options.backend == "nccl":
         check_backend(options.backend)
     if options.device == "cuda" and not torch.cuda.is_available():

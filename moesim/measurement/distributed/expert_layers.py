@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
+from moesim.measurement.cases import ELEMENT_BYTES, UnmeasurableError
 from moesim.measurement.distributed.kept_rows import counted, kept_choices, kept_row_functions, sort_kept
 from moesim.measurement.distributed.layer_shapes import Draw, ExpertLayerShape, rank_choices
+from moesim.measurement.distributed.optional_back_ends import (
+    TORCH,
+    BackEnds,
+    grouped_gemm_products,
+    open_deep_buffer,
+    through_deep_buffer,
+)
 from moesim.measurement.distributed.ranks import Ranks, check_experts
 from moesim.measurement.distributed.row_exchanges import RowExchange, alone, exchange_functions, exchanged
 from moesim.measurement.suites.dispatches import OneHotShape, one_hot_masks, to_slots, to_tokens
@@ -21,8 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moesim.measurement.workbenches import Workbench
-
-RoutingKind = Literal["drawn", "learned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class ExpertLayer:
         Choices of the draw; None follows the router's own.
     exchange : RowExchange, optional
         Where nothing has to be told or waited for: a rank alone, whose rows are those of the draw.
+    deep_buffer : deep_ep.Buffer, optional
+        Where DeepEP exchanges.
     """
 
     shape: ExpertLayerShape
@@ -48,11 +56,13 @@ class ExpertLayer:
     products: GroupedProducts
     experts: Tensor | None = None
     exchange: RowExchange | None = None
+    deep_buffer: Any = None
 
     @property
     def name(self) -> str:
         """The routines of the layer, for records."""
         exchange = "all_to_all_single" if self.ranks.expert_parallel > 1 else "no exchange"
+        exchange = exchange if self.deep_buffer is None else "deep_ep"
         return f"{self.shape.dispatch}, {exchange}, {self.products.name}"
 
 
@@ -65,6 +75,7 @@ def make_layer(
     routed: Draw | None = None,
     layer: int = 0,
     seed: int = 0,
+    back_ends: BackEnds = TORCH,
 ) -> ExpertLayer:
     """Prepare a layer of this rank.
 
@@ -82,6 +93,8 @@ def make_layer(
         Rows of all ranks; None follows the router's own choice.
     layer, seed : int
         Of the order of the tokens.
+    back_ends : BackEnds
+        Libraries that replace torch's own.
 
     Raises
     ------
@@ -91,20 +104,37 @@ def make_layer(
         If a draw gives this rank tokens that do not fill its routing groups.
     """
     check_experts(shape.num_experts, ranks.expert_parallel)
-    products = grouped_products(bench.device, dtype) if shape.dispatch == "permute" else BATCHED
+    products = _products(bench, shape, dtype, back_ends)
+    deep = None
+    if back_ends.exchange == "deepep" and ranks.expert_parallel > 1:
+        deep = _deep_buffer(shape, ranks, dtype)
     if routed is None:
-        return ExpertLayer(shape, ranks, products)
+        return ExpertLayer(shape, ranks, products, deep_buffer=deep)
     num_tokens = routed.tokens_of(ranks.expert_rank, shape.experts_per_token)
     if shape.group_tokens is not None and num_tokens % shape.group_tokens:
         raise ValueError(f"{num_tokens} tokens of the draw do not fill groups of {shape.group_tokens}")
     choices = rank_choices(routed, shape, rank=ranks.expert_rank, layer=layer, seed=seed)
-    made = ExpertLayer(shape, ranks, products, bench.integers(choices))
+    made = ExpertLayer(shape, ranks, products, bench.integers(choices), deep_buffer=deep)
     if ranks.expert_parallel > 1 or shape.dispatch != "permute":
         return made
     assert made.experts is not None
     counts = _keys_and_counts(made.experts, made)[1]
     known = Groups.of(bench, tuple(counts.tolist()))
-    return ExpertLayer(shape, ranks, products, made.experts, alone(known.loads, known.ends))
+    return replace(made, exchange=alone(known.loads, known.ends))
+
+
+def _products(bench: Workbench, shape: ExpertLayerShape, dtype: str, back_ends: BackEnds) -> GroupedProducts:
+    """Choose how experts multiply."""
+    if shape.dispatch == "one_hot_einsum":
+        return BATCHED
+    return grouped_gemm_products() if back_ends.experts == "grouped_gemm" else grouped_products(bench.device, dtype)
+
+
+def _deep_buffer(shape: ExpertLayerShape, ranks: Ranks, dtype: str) -> Any:
+    """Open DeepEP's buffer for a layer; it knows neither slots nor masks."""
+    if shape.capacity_factor is not None:
+        raise UnmeasurableError("DeepEP sends every choice: it has no capacity")
+    return open_deep_buffer(ranks.expert_group, shape.hidden, ELEMENT_BYTES[dtype])
 
 
 def make_weights(bench: Workbench, shape: ExpertLayerShape, ranks: Ranks, dtype: str) -> MoeWeights:
@@ -166,6 +196,10 @@ def run_layer(tokens: Tensor, weights: MoeWeights, layer: ExpertLayer) -> Tensor
         experts = layer.experts
         gates = probabilities.flatten(1).gather(1, experts)
     gates = gates.to(tokens.dtype)
+    if layer.deep_buffer is not None:
+        run_experts = partial(feed_forward, weights=weights, layer=layer)
+        sizes = (shape.num_experts, shape.num_experts // layer.ranks.expert_parallel)
+        return through_deep_buffer(tokens, gates, experts, layer.deep_buffer, sizes, run_experts)
     follow = _by_masks if shape.dispatch == "one_hot_einsum" else _by_rows
     return follow(tokens, gates, experts, weights, layer)
 
@@ -180,7 +214,7 @@ def _by_rows(tokens: Tensor, gates: Tensor, experts: Tensor, weights: MoeWeights
         order, kept = sort_kept(keys, sum(exchange.sent)), kept_row_functions()
         permute, unpermute = kept.permute, kept.unpermute
     rows = exchange.to_experts(permute(tokens, order))
-    return unpermute(exchange.from_experts(feed_forward(rows, weights, exchange.groups, layer)), gates, order)
+    return unpermute(exchange.from_experts(feed_forward(rows, exchange.groups, weights, layer)), gates, order)
 
 
 def _keys_and_counts(experts: Tensor, layer: ExpertLayer) -> tuple[Tensor, Tensor]:
@@ -210,7 +244,7 @@ def _by_masks(tokens: Tensor, gates: Tensor, experts: Tensor, weights: MoeWeight
     rows = _swapped(slots.reshape(-1, shape.hidden), layer)
     local, per_rank = shape.num_experts // num_ranks, num_groups * shape.slots
     by_expert = rows.view(num_ranks, local, per_rank, -1).transpose(0, 1).reshape(-1, shape.hidden)
-    out = feed_forward(by_expert, weights, _equal_groups(local, num_ranks * per_rank), layer)
+    out = feed_forward(by_expert, _equal_groups(local, num_ranks * per_rank), weights, layer)
     by_rank = out.view(local, num_ranks, per_rank, -1).transpose(0, 1).reshape(-1, shape.hidden)
     return to_tokens(combine, _swapped(by_rank, layer).view(slots.shape)).flatten(0, 1)
 
@@ -233,17 +267,17 @@ def _equal_groups(num_groups: int, rows: int) -> Groups:
     return Groups((rows,) * num_groups, None)
 
 
-def feed_forward(rows: Tensor, weights: MoeWeights, groups: Groups, layer: ExpertLayer) -> Tensor:
+def feed_forward(rows: Tensor, groups: Groups, weights: MoeWeights, layer: ExpertLayer) -> Tensor:
     """Run each expert on its rows.
 
     Parameters
     ----------
     rows : tensor of shape (n_rows, hidden)
         Sorted by expert.
-    weights : MoeWeights
-        Of this rank.
     groups : Groups
         Rows of each expert.
+    weights : MoeWeights
+        Of this rank.
     layer : ExpertLayer
         How experts multiply, and whether they are gated.
     """

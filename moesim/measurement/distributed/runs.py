@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from moesim.errors import MoesimError, Problem, ScenarioError
 from moesim.measurement.cases import Case, DeviceKind, by_value
+from moesim.measurement.distributed.optional_back_ends import BackEnds
 from moesim.measurement.distributed.processes import (
     HOW_TO_LAUNCH,
     BackendName,
@@ -39,6 +40,7 @@ class DistributedOptions:
     seed: int
     expert_parallel: int | None
     is_learned: bool
+    back_ends: BackEnds
     timeout_s: float
 
 
@@ -133,7 +135,7 @@ def run_together(
         If anything is wrong; on all ranks alike where that can be.
     """
     ranks = open_ranks(launch, options.backend, expert_parallel=options.expert_parallel, timeout_s=options.timeout_s)
-    target = DistributedTarget(options.device, dtypes, options.seed, ranks, options.is_learned)
+    target = DistributedTarget(options.device, dtypes, options.seed, ranks, options.is_learned, options.back_ends)
     cases = distributed_cases(options.suite, target)
     try:
         bench = _agreed_bench(options, ranks)

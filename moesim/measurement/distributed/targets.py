@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 from moesim.measurement.cases import DeviceKind
 from moesim.measurement.distributed.layer_shapes import Draw, ExpertLayerShape, drawn
+from moesim.measurement.distributed.optional_back_ends import TORCH, BackEnds
 from moesim.measurement.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
 class DistributedTarget:
-    """A device, its precisions, the seed, the processes, and who decides where tokens go."""
+    """A device, its precisions, the seed, the processes, who decides where tokens go, and the libraries."""
 
     device: DeviceKind
     dtypes: tuple[str, ...]
     seed: int
     ranks: Ranks
     is_learned: bool = False
+    back_ends: BackEnds = TORCH
 
     def presets(self, several: tuple[str, ...], alone: tuple[str, ...]) -> tuple[str, ...]:
         """Return the routing presets to measure; with learned routing there is only the number of tokens to take.
@@ -53,4 +55,4 @@ class DistributedTarget:
         named: dict[str, int | str] = {"ranks": self.ranks.expert_parallel, "replicas": self.ranks.num_replicas}
         if self.is_learned:
             named["routing"] = "learned"
-        return named
+        return named | self.back_ends.names()

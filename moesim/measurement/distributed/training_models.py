@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moesim.measurement.distributed.expert_layers import ExpertLayer, make_layer, run_layer
 from moesim.measurement.distributed.layer_shapes import Draw, ExpertLayerShape
+from moesim.measurement.distributed.optional_back_ends import TORCH, BackEnds
 from moesim.measurement.distributed.ranks import Ranks
 from moesim.measurement.distributed.trained_parameters import ParameterShape, TrainedParameters, make_parameters
 from moesim.measurement.suites.attentions import AttentionShape
@@ -120,6 +121,7 @@ def make_model(
     routed: Sequence[Draw | None],
     seed: int,
     is_trained: bool = True,
+    back_ends: BackEnds = TORCH,
 ) -> TrainingModel:
     """Fill a model.
 
@@ -139,11 +141,13 @@ def make_model(
         Of the order of the tokens.
     is_trained : bool
         Whether there is an optimizer.
+    back_ends : BackEnds
+        Libraries that replace torch's own.
     """
     parameters = make_parameters(bench, shape.parameters(ranks.expert_parallel), ranks, dtype, is_trained=is_trained)
     for name in _norm_names(shape):
         parameters.weights[name].requires_grad_()
-    prepare = partial(make_layer, bench, shape.layer, ranks, dtype=dtype, seed=seed)
+    prepare = partial(make_layer, bench, shape.layer, ranks, dtype=dtype, seed=seed, back_ends=back_ends)
     layers = tuple(prepare(routed=of_block, layer=block) for block, of_block in enumerate(routed))
     batches = tuple(
         (_words(bench, shape, seed, 2 * batch), _words(bench, shape, seed, 2 * batch + 1))

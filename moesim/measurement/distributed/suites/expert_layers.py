@@ -126,7 +126,7 @@ def prepare_layer(
     ranks = target.ranks
     weights = make_weights(bench, shape, ranks, dtype)
     followed = None if target.is_learned else routed
-    layer = make_layer(bench, shape, ranks, dtype=dtype, routed=followed, seed=target.seed)
+    layer = make_layer(bench, shape, ranks, dtype=dtype, routed=followed, seed=target.seed, back_ends=target.back_ends)
     num_tokens = routed.tokens_of(ranks.expert_rank, shape.experts_per_token)
     tokens = bench.normal(num_tokens, shape.hidden, dtype=dtype).requires_grad_()
     work = differentiable_work(bench, kind, lambda: run_layer(tokens, weights, layer), tokens, layer.name)

@@ -21,8 +21,11 @@ from moesim.measurement.distributed.training_models import (
     train_step,
 )
 from moesim.measurement.suites.attentions import AttentionShape
+from moesim.measurement.suites.memory_bound import rms_norm
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moesim.measurement.workbenches import Workbench
 
 PRESETS = ("W0", "W1", "W2", "W3")
@@ -156,7 +159,9 @@ def prepare_step(bench: Workbench, *, target: DistributedTarget, shape: ModelSha
 def _model(bench: Workbench, target: DistributedTarget, shape: ModelShape, preset: str, dtype: str) -> TrainingModel:
     routed, _ = _rows(target, shape, preset)
     followed = [None if target.is_learned else one for one in routed]
-    return make_model(bench, shape, target.ranks, dtype=dtype, routed=followed, seed=target.seed)
+    return make_model(
+        bench, shape, target.ranks, dtype=dtype, routed=followed, seed=target.seed, back_ends=target.back_ends
+    )
 
 
 def prepare_memory(bench: Workbench, *, target: DistributedTarget, shape: ModelShape, preset: str, dtype: str) -> Work:
@@ -209,8 +214,7 @@ def prepare_memory(bench: Workbench, *, target: DistributedTarget, shape: ModelS
     bench.wait()
     peak = torch.cuda.max_memory_allocated() - before
     _, rows = _rows(target, shape, preset)
-    fuses_norm = hasattr(torch, "_fused_rms_norm")
-    formula = held_bytes(shape, rows, dtype, target.ranks.expert_parallel, fuses_norm=fuses_norm)
+    formula = held_bytes(shape, rows, dtype, target.ranks.expert_parallel, fuses_norm=norm_is_fused(bench))
     details = {
         "state_bytes": state,
         "workspace_bytes": resting - before - state,
@@ -221,6 +225,28 @@ def prepare_memory(bench: Workbench, *, target: DistributedTarget, shape: ModelS
         "formula_peak_bytes": formula.peak,
     }
     return Work(lambda: train_step(model), model.name, details=details)
+
+
+def norm_is_fused(bench: Workbench) -> bool:
+    """Whether torch's norm keeps its input and one number of each row, and nothing in fp32 beside it.
+
+    Parameters
+    ----------
+    bench : Workbench
+        The device.
+    """
+    import torch
+
+    rows, weight = bench.normal(8, 64, dtype="bf16").requires_grad_(), bench.normal(64, dtype="bf16")
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        rms_norm(rows, weight)
+    return all(tensor.dtype != torch.float32 or tensor.numel() < rows.numel() for tensor in kept)
 
 
 def _kept_bytes(model: TrainingModel) -> int:
