@@ -12,8 +12,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from moesim.measurement.distributed.layer_shapes import ExpertLayerShape
+from moesim.measurement.distributed.optional_back_ends import TORCH, BackEnds
 from moesim.measurement.distributed.training_models import ModelShape
 from moesim.measurement.suites.attentions import AttentionShape
 
@@ -29,6 +31,7 @@ class LayerCase:
     is_learned: bool = False
     dtype: str = "fp32"
     changes: dict = field(default_factory=dict)
+    back_ends: BackEnds = TORCH
 
     @property
     def shape(self) -> ExpertLayerShape:
@@ -56,6 +59,9 @@ LAYERS = (
     LayerCase("learned masks", "W0", is_learned=True, changes=MASKED),
     LayerCase("in bf16", "W1", dtype="bf16"),
     LayerCase("masks in bf16", "W1", dtype="bf16", changes=MASKED),
+    LayerCase("DeepEP's interface", "W2", back_ends=BackEnds(exchange="deepep")),
+    LayerCase("DeepEP's interface, learned", "W0", is_learned=True, back_ends=BackEnds(exchange="deepep")),
+    LayerCase("grouped-gemm's interface", "W5", back_ends=BackEnds(experts="grouped_gemm")),
 )
 
 
@@ -97,6 +103,14 @@ def full_weights(shape: ExpertLayerShape) -> dict:
     }
 
 
+def stand_in_for_libraries() -> None:
+    """Let our code import packages that need a GPU; their interfaces are kept, their kernels are torch's."""
+    import gloo_deep_buffer
+
+    sys.modules["deep_ep"] = SimpleNamespace(Buffer=gloo_deep_buffer.GlooDeepBuffer)  # type: ignore[assignment]
+    sys.modules["grouped_gemm.backend"] = SimpleNamespace(gmm=gloo_deep_buffer.grouped_product)  # type: ignore[assignment]
+
+
 def run_layer_case(case: LayerCase, bench, ranks) -> dict:
     import torch
 
@@ -107,7 +121,15 @@ def run_layer_case(case: LayerCase, bench, ranks) -> dict:
 
     dtype, shape = getattr(torch, TORCH_NAMES[case.dtype]), case.shape
     routed = drawn(case.preset, shape, num_ranks=ranks.expert_parallel, layer=0, seed=SEED)
-    layer = make_layer(bench, shape, ranks, dtype=case.dtype, routed=None if case.is_learned else routed, seed=SEED)
+    layer = make_layer(
+        bench,
+        shape,
+        ranks,
+        dtype=case.dtype,
+        routed=None if case.is_learned else routed,
+        seed=SEED,
+        back_ends=case.back_ends,
+    )
     full = full_weights(shape)
     local = {name: full[name].chunk(ranks.expert_parallel)[ranks.expert_rank].to(dtype) for name in ("up", "down")}
     sums = {name: torch.zeros(weight.shape) for name, weight in {**full, **local}.items()}
@@ -230,6 +252,7 @@ def main(folder: Path, ports: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    stand_in_for_libraries()
     launcher = dict(os.environ)
     rank = int(launcher["RANK"])
     for size, port in zip(SIZES, ports, strict=False):

@@ -24,6 +24,7 @@ from expert_parallel_cases import (
 )
 
 from moesim.measurement.distributed.layer_shapes import drawn, rank_choices
+from moesim.measurement.distributed.optional_back_ends import TORCH
 from moesim.measurement.distributed.ranks import ALONE
 from moesim.measurement.workbenches import open_workbench
 
@@ -83,7 +84,7 @@ def test_a_layer_over_processes_equals_one_process(found: list[dict], case: Laye
     check_layer(case, [one["layers"][case.name] for one in found])
 
 
-@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in LAYERS if case.back_ends == TORCH], ids=lambda case: case.name)
 def test_a_layer_of_a_process_alone_is_what_the_formulas_say(case: LayerCase) -> None:
     check_layer(case, [run_layer_case(case, open_workbench("cpu", 0), ALONE)])
 

@@ -125,6 +125,14 @@ def test_a_wrong_launch_is_one_sentence_and_exit_code_2(
 
 
 @needs_torch
+def test_libraries_that_are_not_installed_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = run(capsys, "moe_layer", "--device", "cpu", "--experts", "grouped_gemm", "--exchange", "deepep")
+    assert code == 2
+    assert "--experts: grouped_gemm cannot be imported (No module named 'grouped_gemm'); install it, or use" in err
+    assert "--exchange: deep_ep cannot be imported (No module named 'deep_ep'); install it, or use" in err
+
+
+@needs_torch
 def test_a_torch_without_nccl_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
 
@@ -189,7 +197,7 @@ def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def test_torchrun_measures_layers_on_processors_and_resumes_a_torn_file(tmp_path: Path) -> None:
     """The very command of the documentation, with a short budget."""
     out = tmp_path / "results.jsonl"
-    command = ("measure", "moe_layer", "--backend", "gloo", "--budget", "8s")
+    command = ("measure", "moe_layer", "--backend", "gloo", "--budget", "6s")
     begun = {"record": "result", "session": "elsewhere", "case": "gemm"}
     out.write_text(json.dumps(begun) + '\n{"record": "res', encoding="utf-8")
     ended = torchrun(tmp_path, *command)
