@@ -406,6 +406,48 @@ def expert_group_members(rank_order: Sequence[str], sizes: GroupSizes) -> IntArr
     return np.asarray(first.reshape(-1, 1) + steps["expert"][None, :], dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class RankLoads:
+    """Loads over the mean of the ranks of a stage, arrays (n_layers, n_draws, n_ranks) or (1, 1, 1) where all are 1.
+
+    Attributes
+    ----------
+    rows : ndarray
+        Rows of a rank's experts.
+    moved : ndarray
+        Rows it sorts for sending and after receiving.
+    exchanged : ndarray
+        Rows of the busiest rank of its all-to-all, which ends for all of them when it ends for that one.
+    """
+
+    rows: FloatArray
+    moved: FloatArray
+    exchanged: FloatArray
+
+    @staticmethod
+    def even() -> RankLoads:
+        """Mean load everywhere, exactly: also that of stacks that pad to full slots."""
+        one = np.ones((1, 1, 1))
+        return RankLoads(one, one, one)
+
+
+def rank_loads(loads: TokenLoads, members: IntArray) -> RankLoads:
+    """Loads of the ranks of a stage.
+
+    Parameters
+    ----------
+    loads : TokenLoads
+        Of the stage's groups.
+    members : ndarray of shape (n_groups, num_ranks)
+        Ranks of the groups within the stage, from :func:`expert_group_members`.
+    """
+    if loads.is_even:
+        return RankLoads.even()
+    busiest = loads.exchange_factor().max(axis=3, keepdims=True)
+    factors = (loads.rows_factor(), loads.moved_factor(), np.broadcast_to(busiest, loads.sent_rows.shape))
+    return RankLoads(*(by_stage_rank(factor, members).swapaxes(0, 1) for factor in factors))
+
+
 def by_stage_rank(values: FloatArray, members: IntArray) -> FloatArray:
     """Reorder (..., n_groups, num_ranks) to (..., ranks of the stage)."""
     ordered = np.empty((*values.shape[:-2], members.size), dtype=values.dtype)
