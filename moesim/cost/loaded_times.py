@@ -90,13 +90,9 @@ def loaded_times(operations: Sequence[Operation], loads: RankLoads, hardware: Ha
         values = getattr(loads, kind)
         levels[kind], index = np.unique(values, return_inverse=True)
         inverse[kind] = index.reshape(values.shape)
-    even = price_all([replace(operations[index], load_factor=None) for index in kinds], hardware)
     loaded = [
         replace(operations[index], work=loaded_work(operations[index].work, levels[kind]), load_factor=None)
         for index, kind in kinds.items()
     ]
-    priced = {
-        index: np.where(levels[kind] == 1.0, at_mean.time_s, at_load.time_s)
-        for (index, kind), at_mean, at_load in zip(kinds.items(), even, price_all(loaded, hardware), strict=True)
-    }
+    priced = {index: cost.time_s for index, cost in zip(kinds, price_all(loaded, hardware), strict=True)}
     return LoadedTimes(kinds, priced, inverse)

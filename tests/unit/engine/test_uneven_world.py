@@ -104,6 +104,14 @@ def test_nothing_degraded_is_priced_as_before() -> None:
     assert np.array_equal(*times)
 
 
+def test_a_slow_link_leaves_the_choice_of_protocol_as_it_was() -> None:
+    """The library does not know that a link is slow: chunks switch protocol at the bytes they switched at."""
+    before, after = HARDWARE.fabric.levels[0], degraded(HARDWARE, [0.25, 1.0]).fabric.levels[0]
+    assert np.isfinite(before.switch_s)
+    for one, two in ((before.switch_s, after.switch_s), (before.in_switch_s, after.in_switch_s)):
+        assert two * after.bandwidth == pytest.approx(one * before.bandwidth)
+
+
 def test_groups_take_the_least_bandwidth_of_their_members() -> None:
     factors = np.ones((2, 6, 2))
     factors[1, 4, 1], factors[:, 0, 0] = 0.3, 0.9
