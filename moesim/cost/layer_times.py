@@ -56,12 +56,16 @@ class PhaseTimes:
 
 @dataclass
 class PricedTable:
-    """Phases of one operation table, and the forward work that selective recompute repeats."""
+    """Phases of one operation table, and the forward work that selective recompute repeats.
+
+    ``operations`` are those of the table with the cost of each.
+    """
 
     name: str
     forward: PhaseTimes
     backward: PhaseTimes
     selective: PhaseTimes
+    operations: tuple[tuple[Operation, OperationCost], ...] = ()
 
 
 def _add(totals: dict[str, FloatArray], key: str, value: FloatArray) -> None:
@@ -72,8 +76,9 @@ def price_table(table: OperationTable, hardware: Hardware) -> PricedTable:
     """Price every operation of a table once per case; without a backward pass the host issues none."""
     has_backward = any(operation.phase != "forward" for operation in table.operations)
     backward = PhaseTimes(host=table.backward_host if has_backward else HostWork())
-    priced = PricedTable(table.name, PhaseTimes(host=table.forward_host), backward, PhaseTimes())
-    for operation, cost in zip(table.operations, price_all(table.operations, hardware), strict=True):
+    operations = tuple(zip(table.operations, price_all(table.operations, hardware), strict=True))
+    priced = PricedTable(table.name, PhaseTimes(host=table.forward_host), backward, PhaseTimes(), operations)
+    for operation, cost in operations:
         phase = priced.forward if operation.phase == "forward" else priced.backward
         phase.add(operation, cost)
         if operation.is_recomputed_selectively:
