@@ -53,8 +53,28 @@ def program_finish_s(
     for level in program.levels:
         arrival = finish[program.needs[level]] + program.hops[level][:, None] * hop_s
         start = np.maximum(finish[program.stage_before[level]], arrival)
-        finish[level] = start + durations[program.duration_row[level]]
+        end = start + durations[program.duration_row[level]]
+        partner = program.partner[level]
+        paired = np.flatnonzero(partner < len(program.needs))
+        if len(paired):
+            end[paired] = _pair_end_s(program, finish, durations, hop_s, start[paired], level[paired])
+        finish[level] = end
     return finish
+
+
+def _pair_end_s(
+    program: Program,
+    finish: FloatArray,
+    durations: FloatArray,
+    hop_s: FloatArray,
+    start: FloatArray,
+    nodes: IntArray,
+) -> FloatArray:
+    """End of nodes that run as one with a partner: the later start, both durations."""
+    partner = program.partner[nodes]
+    arrival = finish[program.needs[partner]] + program.hops[partner][:, None] * hop_s
+    both = durations[program.duration_row[nodes]] + durations[program.duration_row[partner]]
+    return np.asarray(np.maximum(start, arrival) + both)
 
 
 def pipeline_finish_s(

@@ -11,7 +11,7 @@ FORWARD, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 0, 1, 2, 3
 StageOrder = list[tuple[int, int, int]]
 Rounds = Iterable[tuple[int, str]]
 """(how often, operations): F0 is the forward of the stage's first chunk, B1 a joint backward of its second, I and W the
-halves of a backward; W alone is the oldest weight gradient that is due."""
+halves of a backward; W alone is the oldest weight gradient that is due; F0&B1 is a pair that runs as one."""
 
 _PHASE = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRADIENT, "W": WEIGHT_GRADIENT}
 
@@ -99,16 +99,20 @@ def dual_pipe_order(stage: int, stages: int, micro_batches: int) -> StageOrder:
     ValueError
         If stages or micro-batches are odd, or micro-batches fewer than twice the stages.
     """
-    if stages % 2 or micro_batches % 2 or micro_batches < 2 * stages:
-        raise ValueError(f"dualpipe takes even stages ({stages}) and even micro-batches ({micro_batches}) >= 2 x stages")
     half, is_upper = micro_batches // 2, stage >= stages // 2
-    rank = min(stage, stages - 1 - stage)
-    order = order_of_rounds(_dual_rounds(rank, stages // 2, half))
+    order = order_of_rounds(dual_pipe_rounds(stage, stages, micro_batches))
     swapped = ((phase, index, chunk ^ is_upper) for phase, index, chunk in order)
     return [(phase, index + half * chunk, chunk) for phase, index, chunk in swapped]
 
 
-def dual_pipe_v_order(stage: int, stages: int, micro_batches: int) -> StageOrder:
+def dual_pipe_rounds(stage: int, stages: int, micro_batches: int) -> Rounds:
+    """Rounds of DualPipe; chunk 0 is of the direction that enters nearer. Raises as ``dual_pipe_order``."""
+    if stages % 2 or micro_batches % 2 or micro_batches < 2 * stages:
+        raise ValueError(f"dualpipe takes even stages ({stages}) and even micro-batches ({micro_batches}) >= 2 x stages")
+    return _dual_rounds(min(stage, stages - 1 - stage), stages // 2, micro_batches // 2)
+
+
+def dual_pipe_v_rounds(stage: int, stages: int, micro_batches: int) -> Rounds:
     """DualPipeV, DualPipe cut in half (github.com/deepseek-ai/DualPipe): its lower half of stages, in a V.
 
     Raises
@@ -118,23 +122,32 @@ def dual_pipe_v_order(stage: int, stages: int, micro_batches: int) -> StageOrder
     """
     if micro_batches < 2 * stages:
         raise ValueError(f"dualpipe_v takes micro-batches ({micro_batches}) >= 2 x stages ({stages})")
-    return order_of_rounds(_dual_rounds(stage, stages, micro_batches))
+    return _dual_rounds(stage, stages, micro_batches)
 
 
 def _dual_rounds(rank: int, ranks: int, micro_batches: int) -> Rounds:
-    """DualPipe's eight steps on a rank, 0 the outermost; the halves of what is drawn as one overlapped pair in turn."""
+    """DualPipe's eight steps on a rank, 0 the outermost; the innermost rank does not overlap its first pair."""
     inner = ranks - rank - 1
+    steady = micro_batches - 2 * ranks + rank + 1
     drain = "B1 B0 " * (rank + 1)
     return [
         (2 * inner, "F0"),
         (rank + 1, "F0 F1"),
         (inner, "I1 W F1"),
-        (micro_batches - 2 * ranks + rank + 1, "F0 B1 F1 B0"),
-        (inner, "B1 F1 B0"),
+        (1, "F0&B1 F1&B0" if inner else "F0 B1 F1&B0"),
+        (steady - 1, "F0&B1 F1&B0"),
+        (inner, "B1 F1&B0"),
         (1, drain[: 3 * (rank + 1)] + drain[3 * (rank + 1) :].replace("B", "I")),
         (inner, "W I0"),
         (rank + 1, "W"),
     ]
+
+
+def pairs_of_rounds(rounds: Rounds) -> list[int]:
+    """Places, in the order, of the forwards that run as one with the backward after them."""
+    operations = " ".join(" ".join([text] * repeats) for repeats, text in rounds).replace("&", " & ").split()
+    marks = [place for place, operation in enumerate(operations) if operation == "&"]
+    return [place - 1 - index for index, place in enumerate(marks)]
 
 
 def order_of_rounds(rounds: Rounds) -> StageOrder:
@@ -143,7 +156,7 @@ def order_of_rounds(rounds: Rounds) -> StageOrder:
     due: deque[tuple[int, int]] = deque()
     order: StageOrder = []
     for repeats, operations in rounds:
-        for operation in operations.split() * repeats:
+        for operation in operations.replace("&", " ").split() * repeats:
             if operation == "W":
                 index, chunk = due.popleft()
             elif operation[0] == "W":

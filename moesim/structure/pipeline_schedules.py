@@ -17,9 +17,12 @@ from moesim.structure.pipeline_orders import (
     WEIGHT_GRADIENT,
     StageOrder,
     dual_pipe_order,
-    dual_pipe_v_order,
+    dual_pipe_rounds,
+    dual_pipe_v_rounds,
     gpipe_order,
     one_f_one_b_order,
+    order_of_rounds,
+    pairs_of_rounds,
     zero_bubble_order,
     zero_bubble_v_order,
 )
@@ -55,7 +58,7 @@ class Program:
     levels : tuple of ndarray of shape (n_level,)
         Node numbers of each level.
     stage_before : ndarray of shape (n_nodes,)
-        The node that runs before it on the same stage.
+        The node that runs before it, or before its pair, on the same stage.
     needs : ndarray of shape (n_nodes,)
         The node whose result it needs: of another chunk; its own forward, for the last chunk's backward; its own input
         gradient, for a weight gradient.
@@ -64,6 +67,9 @@ class Program:
         WEIGHT_GRADIENT.
     hops : ndarray of shape (n_nodes,)
         1 where ``needs`` is on another stage, so a transfer lies between; else 0.
+    partner : ndarray of shape (n_nodes,)
+        The node that runs as one with it (``overlapped_pairs``): both start when both can, both end when both are done;
+        ``n_nodes`` where none.
     stage : ndarray of shape (n_nodes,)
         Stage that runs it; -1 where there is no such node.
     first_of_stage, last_of_stage : ndarray of shape (stages,)
@@ -79,6 +85,7 @@ class Program:
     needs: npt.NDArray[np.int64]
     duration_row: npt.NDArray[np.int64]
     hops: npt.NDArray[np.float64]
+    partner: npt.NDArray[np.int64]
     stage: npt.NDArray[np.int64]
     first_of_stage: npt.NDArray[np.int64]
     last_of_stage: npt.NDArray[np.int64]
@@ -120,8 +127,23 @@ def stage_order(schedule: str, stage: int, stages: int, virtual_stages: int, mic
         case "dualpipe":
             return dual_pipe_order(stage, stages, micro_batches)
         case "dualpipe_v":
-            return dual_pipe_v_order(stage, stages, micro_batches)
+            return order_of_rounds(dual_pipe_v_rounds(stage, stages, micro_batches))
     raise ValueError(f"unknown pipeline schedule {schedule!r}")
+
+
+def overlapped_pairs(schedule: str, stage: int, stages: int, micro_batches: int) -> list[int]:
+    """Places in ``stage_order`` of forwards that run overlapped with the backward after them: as one operation.
+
+    A pair starts when the inputs of both are there; what either has computed leaves when both have ended. Its time is
+    that of the two in turn, each with the communication that the stack hides: pairs of DualPipe and DualPipeV are how
+    DeepSeek hides it. All other schedules have none.
+    """
+    match schedule:
+        case "dualpipe":
+            return pairs_of_rounds(dual_pipe_rounds(stage, stages, micro_batches))
+        case "dualpipe_v":
+            return pairs_of_rounds(dual_pipe_v_rounds(stage, stages, micro_batches))
+    return []
 
 
 @lru_cache(maxsize=512)
@@ -140,7 +162,7 @@ def build_program(schedule: str, stages: int, virtual_stages: int, micro_batches
     orders = [stage_order(schedule, stage, stages, virtual_stages, micro_batches) for stage in range(stages)]
     slots = 3 if any(phase == WEIGHT_GRADIENT for order in orders for phase, *_ in order) else 2
     n_nodes = slots * placement.chunks * micro_batches
-    before = np.full(n_nodes, n_nodes, dtype=np.int64)
+    before, partner = np.full((2, n_nodes), n_nodes, dtype=np.int64)
     stage_of, rows = np.full(n_nodes, -1, dtype=np.int64), np.zeros(n_nodes, dtype=np.int64)
     first, last = np.zeros(stages, dtype=np.int64), np.zeros(stages, dtype=np.int64)
     for stage, order in enumerate(orders):
@@ -148,15 +170,30 @@ def build_program(schedule: str, stages: int, virtual_stages: int, micro_batches
         chunk = placement.held[stage, local]
         nodes = (_SLOT[phase] * placement.chunks + chunk) * micro_batches + micro_batch
         before[nodes[1:]] = nodes[:-1]
+        forward = np.array(overlapped_pairs(schedule, stage, stages, micro_batches), dtype=np.int64)
+        before[nodes[forward + 1]] = before[nodes[forward]]
+        partner[nodes[forward]], partner[nodes[forward + 1]] = nodes[forward + 1], nodes[forward]
         stage_of[nodes], rows[nodes] = stage, phase * placement.chunks + chunk
         first[stage], last[stage] = nodes[0], nodes[-1]
     needs = _needed_nodes(slots, placement.chunks, micro_batches)
     source_stage = np.append(stage_of, -1)[needs]
     hops = ((needs < n_nodes) & (source_stage != stage_of)).astype(np.float64)
-    present = np.flatnonzero(stage_of >= 0)
-    levels = tuple(present[level] for level in _present_levels(before, needs, present))
+    levels = _levels(before, needs, partner)
+    present = tuple(nodes for level in levels if len(nodes := level[stage_of[level] >= 0]))
     return Program(
-        stages, virtual_stages, micro_batches, placement, levels, before, needs, rows, hops, stage_of, first, last
+        stages=stages,
+        virtual_stages=virtual_stages,
+        micro_batches=micro_batches,
+        placement=placement,
+        levels=present,
+        stage_before=before,
+        needs=needs,
+        duration_row=rows,
+        hops=hops,
+        partner=partner,
+        stage=stage_of,
+        first_of_stage=first,
+        last_of_stage=last,
     )
 
 
@@ -175,21 +212,15 @@ def _needed_nodes(slots: int, chunks: int, micro_batches: int) -> npt.NDArray[np
     return needs.ravel()
 
 
-def _present_levels(
-    before: npt.NDArray[np.int64], needs: npt.NDArray[np.int64], present: npt.NDArray[np.int64]
+def _levels(
+    before: npt.NDArray[np.int64], needs: npt.NDArray[np.int64], partner: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], ...]:
-    """Levels of the nodes that there are, numbered among themselves."""
-    renumbered = np.full(len(before) + 1, len(present), dtype=np.int64)
-    renumbered[present] = np.arange(len(present))
-    return _levels(renumbered[before[present]], renumbered[needs[present]])
-
-
-def _levels(before: npt.NDArray[np.int64], needs: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-    """Sort nodes by longest chain of predecessors; refuse cycles."""
+    """Sort nodes by longest chain of predecessors, pairs together; refuse cycles."""
     n_nodes = len(before)
     level = np.zeros(n_nodes + 1, dtype=np.int64)
+    partner_needs = np.append(needs, n_nodes)[partner]
     for _ in range(n_nodes + 1):
-        raised = np.maximum(level[before], level[needs]) + 1
+        raised = np.maximum(np.maximum(level[before], level[needs]), level[partner_needs]) + 1
         if np.array_equal(raised, level[:-1]):
             break
         level[:-1] = raised
