@@ -25,14 +25,15 @@ REPORTED_AS: dict[str, str] = {"expert_tensor_parallel": "tensor_parallel"}
 class PhaseTimes:
     """Times of one phase of one table, arrays (n_cases,).
 
-    ``compute_s`` and ``communication_s`` by category at mean load; ``imbalance_compute_s`` and
-    ``imbalance_communication_s`` by stream what the fullest rank adds; ``ideal_*`` at peak rates; ``kernels`` launched,
-    ``host`` what the host issues.
+    ``compute_s`` and ``communication_s`` by category at mean load; ``imbalance_s`` what the fullest rank adds;
+    ``weight_gradient_s`` what weight gradients take of both; ``ideal_*`` at peak rates; ``kernels`` launched, ``host``
+    what the host issues.
     """
 
     compute_s: dict[str, FloatArray] = field(default_factory=dict)
     communication_s: dict[str, FloatArray] = field(default_factory=dict)
     imbalance_s: FloatArray | float = 0.0
+    weight_gradient_s: FloatArray | float = 0.0
     ideal_compute_s: FloatArray | float = 0.0
     ideal_communication_s: dict[str, FloatArray] = field(default_factory=dict)
     flops: FloatArray | float = 0.0
@@ -50,6 +51,9 @@ class PhaseTimes:
             _add(self.ideal_communication_s, stream, cost.ideal_s)
         if operation.load_factor is not None:
             self.imbalance_s = self.imbalance_s + cost.extra_s
+        if operation.phase == "weight_gradient" and stream == "compute":
+            extra_s = 0.0 if operation.load_factor is None else cost.extra_s
+            self.weight_gradient_s = self.weight_gradient_s + cost.time_s + extra_s
         self.flops = self.flops + cost.flops
         self.kernels += operation.kernels
 

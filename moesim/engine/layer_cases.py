@@ -30,7 +30,7 @@ class BlockPhase:
 
     ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
     peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
-    executed, ``host_s`` what the host needs to issue it.
+    executed, ``host_s`` what the host needs to issue it; ``weight_gradient_s`` of ``device_s`` a schedule may run apart.
     """
 
     exposed_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -41,6 +41,7 @@ class BlockPhase:
     ideal_s: FloatArray | float = 0.0
     flops: FloatArray | float = 0.0
     host_s: FloatArray | float = 0.0
+    weight_gradient_s: FloatArray | float = 0.0
 
     @property
     def waiting_s(self) -> FloatArray:
@@ -204,6 +205,7 @@ def _joined(block: Block, other: Block) -> Block:
             one.ideal_s + two.ideal_s,
             one.flops + two.flops,
             one.host_s + two.host_s,
+            one.weight_gradient_s + two.weight_gradient_s,
         )
 
     name, is_moe = f"{block.name}+{other.name}", block.is_moe or other.is_moe
@@ -304,3 +306,4 @@ def _accumulate(phase: BlockPhase, times: PhaseTimes, gather: Gather) -> None:
     for key, part in parts.items():
         phase.ideal_parts_s[key] = phase.ideal_parts_s.get(key, 0.0) + gather(zero + part)
     phase.flops = phase.flops + gather(zero + times.flops)
+    phase.weight_gradient_s = phase.weight_gradient_s + gather(zero + times.weight_gradient_s)
