@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +41,8 @@ class _RowBytes:
 def loaded_bytes(
     context: LoweringContext,
     sequence: LayerSequence,
-    layers: Sequence[int],
+    layers: Sequence[tuple[int, FloatArray]],
     in_flight: float,
-    rows_factor: Mapping[int, FloatArray],
 ) -> LoadedBytes:
     """Bytes that the loads of the layers of one stage add on each of its ranks.
 
@@ -53,13 +52,11 @@ def loaded_bytes(
         One case.
     sequence : LayerSequence
         Layers of the model.
-    layers : sequence of int
-        Numbers of the layers of the stage; from ``len(sequence.order)`` on, modules of token prediction.
+    layers : sequence of tuple of int and ndarray of shape (n_draws, n_ranks)
+        Layers of the stage by number, those from ``len(sequence.order)`` on are modules of token prediction; and the
+        rows of a rank's experts over their mean. A load holds over the step, so all its micro-batches have it.
     in_flight : float
         Micro-batches whose activations the stage holds at its peak, see ``pipeline_schedules``.
-    rows_factor : mapping of int to ndarray of shape (n_draws, n_ranks)
-        By layer: rows of a rank's experts over their mean. A load holds over the step, so all its micro-batches have
-        it. Layers without an entry have their mean load.
 
     Returns
     -------
@@ -72,19 +69,18 @@ def loaded_bytes(
     activations of all layers add up; a stage that recomputes everything rebuilds one layer at a time, and layers take
     turns with the buffers of the exchange: there the largest counts.
     """
-    kinds = {number: _kind_of(sequence, number) for number in layers}
-    per_kind = {kind: _row_bytes(context, kind) for kind in dict.fromkeys(kinds.values())}
+    kinds = [_kind_of(sequence, number) for number, _ in layers]
+    per_kind = {kind: _row_bytes(context, kind) for kind in dict.fromkeys(kinds)}
     count = len(sequence.order)
-    one = np.ones((1, 1))
     kept: FloatArray = np.zeros((1, 1))
     everything, buffers = [], []
-    for number, kind in kinds.items():
-        slope, factor = per_kind[kind], rows_factor.get(number, one)
+    for (number, factor), kind in zip(layers, kinds, strict=True):
+        slope = per_kind[kind]
         held = in_flight if number < count else 1.0
         kept = kept + held * slope.kept * (factor - 1.0)
         everything.append(slope.everything_at_mean + slope.everything * (factor - 1.0))
         buffers.append(slope.buffers_at_mean + slope.buffers * (factor - 1.0))
-    if not kinds:
+    if not layers:
         return LoadedBytes(kept, kept)
     rebuilt = _largest(everything) - max(slope.everything_at_mean for slope in per_kind.values())
     is_rebuilt = not context.is_training or bool(context.columns["recompute"][0] == RECOMPUTE_CODES["full"])

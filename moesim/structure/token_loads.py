@@ -18,6 +18,7 @@ from moesim.structure.token_routing import (
     EVEN_PRESETS,
     drawn_preset,
     drawn_shares,
+    expert_shares,
     preset_shares,
     routed_rows,
     source_tokens,
@@ -58,6 +59,19 @@ class LoadLaw:
         if self.kind == "preset":
             return drawn_preset(self.preset, step, seed)
         return "W0" if self.is_even else DRAWN
+
+    def expected_shares(self, num_experts: int, num_ranks: int) -> FloatArray:
+        """Shares to average over, shape (n_draws, num_experts), see ``expert_shares``."""
+        return expert_shares(
+            self.kind,
+            num_experts,
+            num_ranks,
+            exponent=self.exponent,
+            concentration=self.concentration,
+            loads=self.loads,
+            preset=self.preset,
+            max_over_mean=self.max_over_mean,
+        )
 
     def shares(self, sizes: GroupSizes, preset: str, step: int, generator: np.random.Generator) -> FloatArray:
         """Shares of the experts, shape (num_experts,)."""

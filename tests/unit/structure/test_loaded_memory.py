@@ -48,7 +48,8 @@ def added(scenario: LoadedScenario, stage: int, factors: dict[int, FloatArray]) 
     schedule = scenario.scenario.parallelism.pipeline.schedule
     counts = scenario.columns["num_micro_batches"]
     flight = float(micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, counts)[stage, 0])
-    return loaded_bytes(context, sequence, layers_of(sequence, plan, stage), flight, factors)
+    layers = [(number, factors.get(number, np.ones((1, 1)))) for number in layers_of(sequence, plan, stage)]
+    return loaded_bytes(context, sequence, layers, flight)
 
 
 def of_model(scenario: LoadedScenario, load: float) -> tuple[FloatArray, FloatArray]:
