@@ -110,7 +110,7 @@ def _time(kind: CollectiveKind, num_bytes: FloatArray, group: ProcessGroup, hard
 def _mirror_exchange(
     context: LoweringContext, dense: FloatArray, expert: FloatArray, hardware: Hardware
 ) -> CollectiveTime:
-    """Exchange of the gradients a device keeps with the stage that holds the same chunks, priced as between neighbours."""
+    """Exchange of the gradients a device keeps with the stage of the same chunks, at the price of neighbours."""
     columns = context.columns
     is_sharded = columns["zero_stage"] >= 1
     kept = dense / np.where(is_sharded, columns["data"] * columns["context"], 1.0)
