@@ -1,4 +1,4 @@
-"""Steps in an uneven world: even where nothing is uneven, what theory says of one slow rank, and the same draws again."""
+"""Steps in an uneven world: even where nothing is uneven, what theory says of one slow rank, the same draws again."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def compute_s(steps: UnevenSteps, stage: int, phase: PhaseName) -> float:
     layers, plan = evaluation.layers, evaluation.plan
     blocks = [(block, plan.stage_counts()[kind, stage]) for kind, block in enumerate(layers.layers)]
     blocks += [(layers.first, float(stage == 0)), (layers.last, float(stage == plan.stages - 1))]
-    parts = [count * np.ravel(block.phase(phase).exposed_s.get(name, 0.0))[0] for block, count in blocks for name in COMPUTE]
+    parts = [
+        count * np.ravel(block.phase(phase).exposed_s.get(name, 0.0))[0] for block, count in blocks for name in COMPUTE
+    ]
     return float(sum(parts))
 
 
