@@ -6,11 +6,13 @@ from functools import lru_cache
 import pytest
 from random_scenarios import loaded, random_document, shipped_library
 
+from moesim.describe.quantities import PRECISION_BYTES
 from moesim.engine.analytical import evaluate
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.explanation import explain_step
 from moesim.estimation.loading import LoadedScenario, load
 from moesim.estimation.step_estimate import StepEstimate
+from moesim.structure.memory_footprint import optimizer_bytes_per_parameter
 from moesim.structure.pipeline_schedules import SCHEDULES
 from moesim.study.schedule_comparison import ScheduleComparison, ScheduleRow, compare_schedules, with_schedule
 
@@ -77,6 +79,19 @@ class TestMemory:
             both, one = getattr(twice.memory.states, category)[:, 0], getattr(once.memory.states, category)[:, 0]
             assert both.tolist() == pytest.approx((one + one[::-1]).tolist(), rel=1e-12)
         assert (twice.costs.optimizer_s > 1.9 * once.costs.optimizer_s).all()
+
+    def test_mirrored_stages_exchange_the_gradients_they_keep(self):
+        """ZeRO-1: what a device keeps, over one port; beside the reduction of both its chunks."""
+        scenario = shipped("mixtral_8x22b", "parallelism.pipeline.schedule=dualpipe", "parallelism.zero_stage=1")
+        (twice,) = evaluate(*_system(scenario))
+        once = shipped("mixtral_8x22b", "parallelism.zero_stage=1")
+        (single,) = evaluate(*_system(once))
+        exchanged = (twice.costs.reduction_s - (single.costs.reduction_s + single.costs.reduction_s[::-1]))[:, 0]
+        kept = twice.memory.states.optimizer[:, 0] / optimizer_bytes_per_parameter(scenario.scenario)
+        rate = kept * PRECISION_BYTES[scenario.scenario.precision.reduction] / exchanged
+        port = scenario.system.cluster.fabric.levels[-1].bandwidth_per_device.value
+        assert (rate > 0.3 * port).all()
+        assert (rate < port).all()
 
     def test_a_model_with_token_prediction_needs_one_embedding_per_end_that_has_both(self):
         """DeepSeek-V3 by 1F1B has a third copy, of the prediction module, on its last stage; DualPipe has it there."""
