@@ -171,3 +171,31 @@ def test_explained_seconds_of_dualpipe_are_those_of_the_mean_of_both_directions(
         term.times * term.seconds_each for term in explain_step(scenario) if term.category == "expert_gemm"
     )
     assert expert == pytest.approx(answer.exposed_s["expert_gemm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x22b", "qwen3_235b_a22b", "deepseek_v3"])
+def test_the_part_that_runs_apart_is_the_weight_gradients_of_the_explained_terms(name):
+    scenario = shipped(name)
+    (part,) = evaluate(scenario.system, scenario.columns)
+    case = int(part.pass_case[0])
+    per_stage = part.plan.stage_sums(part.times.chunk.weight_gradient_s)[:, part.times.chunk_case[case]]
+    micro_batches = float(scenario.columns["num_micro_batches"][0])
+    terms = [term for term in explain_step(scenario) if term.phase == "weight_gradient"]
+    explained = math.fsum(term.times * term.seconds_each for term in terms)
+    assert explained == pytest.approx(micro_batches * per_stage[part.critical_stage[case]], rel=1e-9)
+
+
+def test_a_micro_batch_of_a_v_is_sent_on_once_less_each_way_than_in_a_loop():
+    """Two chunks on each of four stages: seven boundaries, of which a V turns inside the last stage at one."""
+    loop, fold = (
+        estimate_loaded(
+            shipped(
+                "mixtral_8x7b",
+                f"parallelism.pipeline.schedule={schedule}",
+                "parallelism.pipeline.virtual_stages=2",
+            )
+        ).hidden_s["pipeline_p2p"]
+        for schedule in ("interleaved_one_f_one_b", "zb_v")
+    )
+    assert loop > 0
+    assert fold == pytest.approx(loop * 6 / 7, rel=1e-9)
