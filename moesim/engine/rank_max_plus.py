@@ -277,14 +277,14 @@ def node_times(
     running, host, transfer = np.zeros((3, stages, *shape))
     done = np.zeros(len(nodes), dtype=bool)
     keys = list(zip(nodes.stage.tolist(), nodes.chunk.tolist(), nodes.phase.tolist(), strict=True))
-    befores, needs, partners = nodes.before.tolist(), nodes.needs.tolist(), nodes.partner.tolist()
+    before_of, needs, partners = nodes.before.tolist(), nodes.needs.tolist(), nodes.partner.tolist()
     hops = nodes.hops.tolist()
     for node in range(len(nodes)):
         if done[node]:
             continue
         pair = sorted([node, partners[node]], key=lambda at: keys[at][2]) if partners[node] >= 0 else [node]
         stage = keys[node][0]
-        free = end[befores[node]]
+        free = end[before_of[node]]
         for at in pair:
             transfer_s = hop_s(at) if hops[at] else ZERO
             np.add(end[needs[at]], transfer_s, out=arrival[at])
