@@ -324,14 +324,48 @@ def _training_activations(
     activations = sum(counts[index][:, None] * layer for index, layer in enumerate(kept)) * in_flight
     largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
     activations = activations + (recompute == RECOMPUTE_CODES["full"]) * largest
-    logits = (
-        context.tokens("decoder") * np.ceil(model.vocab_size / columns["tensor"]) * context.stack.memory.bytes_per_logit
-    )
+    logits = _logit_bytes(context)
     if schedule == "gpipe":  # every micro-batch's loss waits for its backward pass
         logits = logits * in_flight[-1]
     last = sequence.kinds.index(mtp_layer_kind(sequence))
     activations[-1] += logits * (1 + model.mtp_layers) + kept[last] * model.mtp_layers
     return np.asarray(activations, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class ChunkActivations:
+    """Bytes that activations of one micro-batch take on the chunks of a model, in model order.
+
+    ``kept`` (chunks, n_cases) from a chunk's forward pass to its backward pass, logits and the loss's inputs included;
+    ``rebuilt`` (n_cases,) what full recompute holds besides while a backward pass runs.
+    """
+
+    kept: FloatArray
+    rebuilt: FloatArray
+
+
+def chunk_activations(
+    context: LoweringContext, sequence: LayerSequence, plan: StagePlan, load_factor: LoadFactor
+) -> ChunkActivations:
+    """Activations of one micro-batch, chunk by chunk: what the schedule's counts in flight multiply."""
+    recompute = context.columns["recompute"]
+    layers = [layer_activations(context, kind, load_factor) for kind in sequence.kinds]
+    kept = [np.asarray(layer.kept(recompute)) for layer in layers]
+    chunks = np.zeros((plan.counts.shape[1], len(context.columns)))
+    for index, layer in enumerate(kept):
+        chunks += plan.counts[index][:, None] * layer
+    mtp_layers = context.model.mtp_layers
+    chunks[-1] += _logit_bytes(context) * (1 + mtp_layers)
+    chunks[-1] += kept[sequence.kinds.index(mtp_layer_kind(sequence))] * mtp_layers
+    largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
+    return ChunkActivations(chunks, (recompute == RECOMPUTE_CODES["full"]) * largest)
+
+
+def _logit_bytes(context: LoweringContext) -> FloatArray:
+    """Logits and what the loss keeps of one micro-batch."""
+    columns = context.columns
+    vocabulary = np.ceil(context.model.vocab_size / columns["tensor"])
+    return np.asarray(context.tokens("decoder") * vocabulary * context.stack.memory.bytes_per_logit)
 
 
 def _gathered_parameters(context: LoweringContext, sequence: LayerSequence, parameters: StageParameters) -> FloatArray:
