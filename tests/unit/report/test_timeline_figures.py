@@ -61,7 +61,7 @@ def test_forward_passes_are_lighter() -> None:
 
 
 def test_many_operations_become_what_takes_most_of_each_interval() -> None:
-    timeline = chopped(small_timeline(), 200)
+    timeline = chopped(small_timeline(), 600)
     assert len(timeline) > EXACT_BARS
     figure = timeline_figure(timeline)
     whole = [trace for trace in figure.data if trace.meta == "whole"]
