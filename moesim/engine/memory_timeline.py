@@ -26,15 +26,15 @@ SIMULTANEOUS = 1e-10
 class MemoryContents:
     """What one scenario puts into memory, bytes.
 
-    ``states`` by category and ``buffers`` are of shape (stages,) and stay; ``kept`` (chunks,) is what one micro-batch
-    keeps on each chunk, in model order, ``rebuilt`` what full recompute holds besides during a backward pass;
-    ``constant`` (stages,) are activations of inference, which no micro-batch adds to. ``fixed`` and the fraction give
-    the category "other".
+    ``states`` by category and ``buffers`` are of shape (stages,) and stay; ``kept`` (chunks,), ``loss`` and ``rebuilt``
+    are those of ``ChunkActivations``; ``constant`` (stages,) are activations of inference, which no micro-batch adds
+    to. ``fixed`` and the fraction give the category "other".
     """
 
     states: Mapping[str, FloatArray]
     buffers: FloatArray
     kept: FloatArray
+    loss: float
     rebuilt: float
     constant: FloatArray
     fixed: float
@@ -93,6 +93,7 @@ def memory_contents(system: System, columns: Columns, evaluation: PlanEvaluation
         states=states,
         buffers=memory.work.buffers[:, of_work],
         kept=activations.kept[:, 0] * is_training,
+        loss=float(activations.loss[0]) * is_training,
         rebuilt=float(activations.rebuilt[0]) * is_training,
         constant=memory.work.activations[:, of_work] * (not is_training),
         fixed=memory.fixed,
@@ -120,8 +121,9 @@ def memory_timeline(timeline: Timeline, contents: MemoryContents, stage_of_rank:
     Notes
     -----
     A chunk's activations of a micro-batch are counted from the start of its forward pass to the end of its last
-    gradient: where a schedule splits the backward pass, that of the weights. Where a pass begins as another ends, the
-    end comes first. Fragmentation grows and shrinks with what is allocated.
+    gradient: where a schedule splits the backward pass, that of the weights. Logits go with the gradient of the
+    activations. Where a pass begins as another ends, the end comes first. Fragmentation grows and shrinks with what is
+    allocated.
     """
     ranks = timeline.ranks
     changes = [_changes(timeline, contents, int(rank)) for rank in ranks]
@@ -143,14 +145,16 @@ def _changes(timeline: Timeline, contents: MemoryContents, rank: int) -> tuple[F
     is_forward = own & (timeline.phase == 0)
     is_backward = own & ((timeline.phase == 1) | (timeline.phase == 2))
     forward, backward = _passes(timeline, is_forward), _passes(timeline, is_backward)
-    times = [np.zeros(1), forward.begin_s, backward.end_s]
-    amounts = [np.zeros(1), contents.kept[forward.chunk], -contents.kept[backward.chunk]]
-    if contents.rebuilt:
-        rebuilding = _passes(timeline, is_backward & (timeline.phase == 1))
-        rebuilt = np.full(len(rebuilding.chunk), contents.rebuilt)
-        times += [rebuilding.begin_s, rebuilding.end_s]
-        amounts += [rebuilt, -rebuilt]
+    gradient = _passes(timeline, is_backward & (timeline.phase == 1))
+    last = len(contents.kept) - 1
+    loss, rebuilt = contents.loss * (gradient.chunk == last), np.full(len(gradient.chunk), contents.rebuilt)
+    times = [np.zeros(1), forward.begin_s, backward.end_s, gradient.begin_s, gradient.end_s]
+    begun = contents.kept[forward.chunk] + contents.loss * (forward.chunk == last)
+    amounts = [np.zeros(1), begun, -contents.kept[backward.chunk], rebuilt, -rebuilt - loss]
     time_s, amount = np.concatenate(times), np.concatenate(amounts)
+    is_change = amount != 0
+    is_change[0] = True
+    time_s, amount = time_s[is_change], amount[is_change]
     early = SIMULTANEOUS * timeline.end
     order = np.lexsort((amount, time_s - early * (amount < 0)))
     return np.maximum.accumulate(time_s[order]), np.maximum(np.cumsum(amount[order]), 0.0)

@@ -16,29 +16,45 @@ MESSAGE_BYTES = 4096.0
 
 
 def pipeline_timeline(
-    schedule: str, virtual_stages: int, micro_batches: int, forward_s: FloatArray, backward_s: FloatArray, hop_s: float
+    schedule: str,
+    virtual_stages: int,
+    micro_batches: int,
+    forward_s: FloatArray,
+    backward_s: FloatArray,
+    hop_s: float,
+    weight_gradient_s: FloatArray | None = None,
 ) -> Timeline:
     """One rank per stage; a pass is one operation of compute and an exchange beside its beginning.
 
-    ``forward_s`` and ``backward_s`` (chunks,) in model order.
+    ``forward_s`` and the others (chunks,) in model order. A forward and a backward that run as one (DualPipe) both last
+    as long as the pair.
     """
     stages = len(forward_s) // virtual_stages
     program = build_program(schedule, stages, virtual_stages, micro_batches)
-    finish = program_finish_s(program, forward_s[:, None], backward_s[:, None], np.array([hop_s]))[:-1, 0]
-    nodes = np.arange(len(finish))
-    phase, chunk = np.divmod(program.duration_row, stages * virtual_stages)
-    seconds = np.concatenate([forward_s, backward_s])[program.duration_row]
-    start, rank, micro_batch = finish - seconds, chunk % stages, nodes % micro_batches
-    both = [np.concatenate([values, values]) for values in (rank, chunk, micro_batch, phase)]
-    on_compute = np.repeat([True, False], len(nodes))
-    received = np.flatnonzero(program.hops > 0)
+    columns = [values[:, None] for values in (forward_s, backward_s)]
+    weights = None if weight_gradient_s is None else weight_gradient_s[:, None]
+    ends = program_finish_s(program, *columns, np.array([hop_s]), weights)[:, 0]
+    nodes = np.flatnonzero(program.stage >= 0)
+    row, partner = program.duration_row[nodes], program.partner[nodes]
+    table = [forward_s, backward_s]
+    if weight_gradient_s is not None:
+        table += [backward_s - weight_gradient_s, weight_gradient_s]
+    seconds = np.concatenate(table)[row]
+    is_paired = partner < len(program.needs)
+    seconds[is_paired] += np.concatenate(table)[program.duration_row[partner[is_paired]]]
+    phase, chunk = np.array([0, 1, 1, 2])[row // program.placement.chunks], row % program.placement.chunks
+    finish, rank, micro_batch = ends[nodes], program.stage[nodes], nodes % micro_batches
+    start = finish - seconds
+    received, needed = nodes[program.hops[nodes] > 0], program.needs[nodes[program.hops[nodes] > 0]]
     messages = Messages(
-        rank[program.needs[received]],
-        finish[program.needs[received]],
-        rank[received],
-        finish[program.needs[received]] + hop_s,
+        program.stage[needed],
+        ends[needed],
+        program.stage[received],
+        ends[needed] + hop_s,
         np.full(len(received), MESSAGE_BYTES),
     )
+    both = [np.concatenate([values, values]) for values in (rank, chunk, micro_batch, phase)]
+    on_compute = np.repeat([True, False], len(nodes))
     return Timeline(
         rank=both[0].astype(np.int64),
         stream=np.where(on_compute, STREAMS.index("compute"), STREAMS.index("all_to_all")).astype(np.int8),
