@@ -26,9 +26,11 @@ from moesim.engine.timelines import (
     Messages,
     Timeline,
 )
+from moesim.estimation.simulated_step import SimulatedStep
 from moesim.errors import FormatError, Problem, SimulationError
 from moesim.resources import replaced_file
 from moesim.structure.columns import FloatArray, IntArray
+from moesim.structure.placement import parse_rank_ranges, rank_ranges
 from moesim.structure.step_graph import CATEGORIES
 
 COMPRESSION_LEVEL = 4
@@ -64,44 +66,6 @@ class TraceProcess:
         """Ranks it stands for, or nothing."""
         ranks = sorted({self.rank, *self.stands_for})
         return f"stands for ranks {rank_ranges(ranks)}" if len(ranks) > 1 else ""
-
-
-def rank_ranges(ranks: Sequence[int]) -> str:
-    """Ascending numbers as ranges.
-
-    Examples
-    --------
-    >>> rank_ranges([0, 1, 2, 8, 10, 11])
-    '0-2, 8, 10-11'
-    """
-    numbers = np.asarray(ranks, dtype=np.int64)
-    if not len(numbers):
-        return ""
-    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
-
-
-def parse_rank_ranges(text: str) -> tuple[int, ...]:
-    """Numbers of a text such as ``rank_ranges`` writes.
-
-    Raises
-    ------
-    ValueError
-        If the text is no list of numbers and rising ranges.
-
-    Examples
-    --------
-    >>> parse_rank_ranges("0-2, 8")
-    (0, 1, 2, 8)
-    """
-    ranks: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        span = range(int(first), int(last if dash else first) + 1)
-        if not span:
-            raise ValueError(f"{part.strip()} is no rising range")
-        ranks += span
-    return tuple(ranks)
 
 
 @dataclass(frozen=True)
@@ -172,6 +136,23 @@ def write_chrome_trace(
             count += len(events)
         write("\n]}\n")
     return count
+
+
+def write_simulated_trace(answer: SimulatedStep, path: str | Path) -> int:
+    """Write what a simulation recorded of its first draw; as ``write_chrome_trace``."""
+    if answer.recording is None:
+        raise ValueError("nothing was recorded")
+    processes = [TraceProcess(rank.rank, rank.stage, rank.stands_for) for rank in answer.ranks]
+    facts = {
+        "scenario": answer.estimate.scenario,
+        "engine": answer.estimate.engine,
+        "seed": answer.seed,
+        "step_time_s": float(answer.step_times_s[0]),
+    }
+    recording = answer.recording
+    return write_chrome_trace(
+        recording.timeline, path, processes=processes, memory=recording.memory, other_data=facts
+    )
 
 
 def _require_finite(timeline: Timeline) -> None:

@@ -17,7 +17,7 @@ from moesim.engine.memory_timeline import MemoryTimeline
 from moesim.engine.timelines import EVENT_FIELDS, STREAMS, Timeline
 from moesim.errors import FormatError, SimulationError
 from moesim.formats import chrome_trace
-from moesim.formats.chrome_trace import TraceProcess, parse_rank_ranges, read_chrome_trace, write_chrome_trace
+from moesim.formats.chrome_trace import TraceProcess, read_chrome_trace, write_chrome_trace
 
 PROCESSES = [TraceProcess(stage, stage, range(stage * 8, stage * 8 + 8)) for stage in range(4)]
 
@@ -186,9 +186,3 @@ def test_files_that_are_no_traces_are_refused_by_name(name: str, content: bytes 
     (problem,) = caught.value.problems
     assert problem.code == "E-FMT-014"
     assert problem.file == str(tmp_path / name)
-
-
-@pytest.mark.parametrize("text", ["", "3-1", "a", "1,,2", "1-2-3", "--2"])
-def test_malformed_ranges_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        parse_rank_ranges(text)

@@ -1,0 +1,142 @@
+"""The answer of the event-driven engine: an estimate's keys, quantiles over draws, and what each rank does meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from moesim.engine.analytical import PlanEvaluation, evaluate
+from moesim.engine.event_driven import SimulatedRun, simulate_step
+from moesim.engine.memory_timeline import MemoryTimeline, memory_contents, memory_timeline
+from moesim.engine.timelines import Timeline
+from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
+from moesim.estimation.loading import LoadedScenario
+from moesim.estimation.step_estimate import AnswerWarning, StepEstimate
+from moesim.structure.columns import FloatArray
+from moesim.structure.placement import rank_ranges
+from moesim.structure.step_graph import CATEGORIES
+
+ENGINE = "event_driven"
+QUANTILES: Mapping[str, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+COMMUNICATION: tuple[str, ...] = ("all_to_all", "tensor_parallel", "context_parallel", "data_parallel")
+WAITING: tuple[str, ...] = ("host", "imbalance", "pipeline_bubble", "pipeline_p2p")
+"""Categories in which a rank computes nothing and moves nothing in line; all others but communication are busy time."""
+BATCH_S = 1.0
+"""Draws are run in batches of about this long, so that progress shows and an interruption loses little."""
+MANY_EVENTS = 2_000_000
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """Shares of a step: computing, communication in line, and waiting for passes, other ranks or the host; sum 1."""
+
+    busy_fraction: float
+    exposed_fraction: float
+    idle_fraction: float
+
+
+@dataclass(frozen=True)
+class StageFractions(Fractions):
+    """Mean shares of the ranks of a stage over ranks and draws, and of its least busy rank."""
+
+    stage: int
+    ranks: int
+    least_busy_fraction: float
+
+
+@dataclass(frozen=True)
+class RecordedRank(Fractions):
+    """Mean shares of a rank over draws, the ranks it stands for, and most bytes in the first draw."""
+
+    rank: int
+    stage: int
+    stands_for: tuple[int, ...]
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same even step by both engines, and the event-driven one's difference over the analytical one's time."""
+
+    analytical_s: float
+    event_driven_s: float
+    relative_difference: float
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded of the first draw."""
+
+    timeline: Timeline
+    memory: MemoryTimeline
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    """Answer of a simulation; ``to_json`` gives the pinned keys.
+
+    Attributes
+    ----------
+    estimate : StepEstimate
+        The answer at the mean of the draws; its parts are those of the critical stage, the mean over ranks and draws.
+    draws_asked, seed : int
+        What was asked for; fewer draws are there where the run was interrupted.
+    step_times_s : ndarray of shape (n_draws,)
+        Step time of each draw.
+    stages : tuple of StageFractions
+        What the ranks of each stage do.
+    ranks : tuple of RecordedRank
+        What the ranks asked for do.
+    agreement : Agreement
+        Of both engines at even load.
+    recording : Recording or None
+        Timeline and memory of those ranks, where asked for.
+    """
+
+    estimate: StepEstimate
+    draws_asked: int
+    seed: int
+    step_times_s: FloatArray
+    stages: tuple[StageFractions, ...]
+    ranks: tuple[RecordedRank, ...]
+    agreement: Agreement
+    recording: Recording | None = None
+
+    @property
+    def draws(self) -> int:
+        """Draws that were finished."""
+        return len(self.step_times_s)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether draws are missing."""
+        return self.draws < self.draws_asked
+
+    @property
+    def quantiles_s(self) -> dict[str, float]:
+        """Quantiles of the step time over draws."""
+        levels = np.quantile(self.step_times_s, list(QUANTILES.values()))
+        return dict(zip(QUANTILES, levels.tolist(), strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer with the keys of ``estimate`` and those of draws and ranks, ready for ``json.dumps``."""
+        return {
+            **self.estimate.to_json(),
+            "quantiles_s": self.quantiles_s,
+            "draws": self.draws,
+            "draws_asked": self.draws_asked,
+            "seed": self.seed,
+            "agreement": asdict(self.agreement),
+            "stages": [asdict(stage) for stage in self.stages],
+            "ranks": [_rank_json(rank) for rank in self.ranks],
+        }
+
+
+def _rank_json(rank: RecordedRank) -> dict[str, Any]:
+    return {**asdict(rank), "stands_for": rank_ranges(rank.stands_for)}
