@@ -1,35 +1,20 @@
-"""The answer of the event-driven engine: an estimate's keys, quantiles over draws, and what each rank does meanwhile."""
+"""The answer of the event-driven engine: an estimate's keys, quantiles over draws, and what ranks do meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from time import perf_counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from moesim.engine.analytical import PlanEvaluation, evaluate
-from moesim.engine.event_driven import SimulatedRun, simulate_step
-from moesim.engine.memory_timeline import MemoryTimeline, memory_contents, memory_timeline
+from moesim.engine.memory_timeline import MemoryTimeline
 from moesim.engine.timelines import Timeline
-from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
-from moesim.estimation.loading import LoadedScenario
-from moesim.estimation.step_estimate import AnswerWarning, StepEstimate
+from moesim.estimation.step_estimate import StepEstimate
 from moesim.structure.columns import FloatArray
 from moesim.structure.placement import rank_ranges
-from moesim.structure.step_graph import CATEGORIES
 
-ENGINE = "event_driven"
 QUANTILES: Mapping[str, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
-COMMUNICATION: tuple[str, ...] = ("all_to_all", "tensor_parallel", "context_parallel", "data_parallel")
-WAITING: tuple[str, ...] = ("host", "imbalance", "pipeline_bubble", "pipeline_p2p")
-"""Categories in which a rank computes nothing and moves nothing in line; all others but communication are busy time."""
-BATCH_S = 1.0
-"""Draws are run in batches of about this long, so that progress shows and an interruption loses little."""
-MANY_EVENTS = 2_000_000
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

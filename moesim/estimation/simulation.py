@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
-from moesim.engine.analytical import PlanEvaluation
-from moesim.engine.event_driven import SimulatedRun
+from moesim.engine.event_driven import SimulatedRun, run_step
 from moesim.engine.memory_timeline import memory_contents, memory_timeline
+from moesim.engine.step_passes import PreparedStep, prepare_step
+from moesim.engine.timelines import Timeline
 from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
 from moesim.estimation.loading import LoadedScenario
 from moesim.estimation.simulated_step import (
     Agreement,
-    Fractions,
     RecordedRank,
     Recording,
     SimulatedStep,
@@ -36,21 +37,186 @@ MANY_EVENTS = 2_000_000
 Advance = Callable[[int, int], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
     """What the draws run so far add up to: step times, and seconds by category, (stages, columns) each."""
 
-    step_times_s: list[float] = field(default_factory=list)
-    exposed_s: dict[str, FloatArray] = field(default_factory=dict)
-    hidden_s: dict[str, FloatArray] = field(default_factory=dict)
+    step_times_s: tuple[float, ...] = ()
+    exposed_s: Mapping[str, FloatArray] = field(default_factory=dict)
+    hidden_s: Mapping[str, FloatArray] = field(default_factory=dict)
 
-    def add(self, run: SimulatedRun) -> None:
+    def with_run(self, run: SimulatedRun) -> _Sums:
         """Add the draws of a run."""
-        self.step_times_s += run.step_time_s.tolist()
-        for totals, parts in ((self.exposed_s, run.exposed_s), (self.hidden_s, run.hidden_s)):
-            for name, seconds in parts.items():
-                totals[name] = totals.get(name, np.zeros(1)) + seconds.sum(axis=0)
+
+        def added(totals: Mapping[str, FloatArray], parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+            shape = run.finish_s.shape[1:]
+            return {
+                name: totals.get(name, np.zeros(shape)) + parts.get(name, np.zeros((1, *shape))).sum(axis=0)
+                for name in CATEGORIES
+            }
+
+        return _Sums(
+            (*self.step_times_s, *run.step_time_s.tolist()),
+            added(self.exposed_s, run.exposed_s),
+            added(self.hidden_s, run.hidden_s),
+        )
 
     def means(self, parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Mean over draws by category, (stages, columns)."""
-        return {name: parts[name] / len(self.step_times_s) for name in CATEGORIES if name in parts}
+        return {name: seconds / len(self.step_times_s) for name, seconds in parts.items()}
+
+
+def simulate_loaded(
+    loaded: LoadedScenario,
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    ranks: Sequence[int] = (),
+    records: bool = False,
+    advance: Advance | None = None,
+) -> SimulatedStep:
+    """Simulate a loaded, legal scenario.
+
+    Parameters
+    ----------
+    loaded : LoadedScenario
+        What to simulate.
+    draws : int
+        Steps to draw. The same seed and number gives the same step, however many are drawn.
+    seed : int
+        Of all draws.
+    ranks : sequence of int
+        Ranks to report on; with ``records`` and none given, the first of each stage.
+    records : bool
+        Whether to record the timeline and the memory of these ranks in the first draw.
+    advance : callable, optional
+        Called with draws done and draws in all after each batch.
+
+    Returns
+    -------
+    SimulatedStep
+        With fewer draws than asked for where the user interrupted after the first.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If no draw was finished before.
+    """
+    step = prepare_step(loaded.system, loaded.columns)
+    even = run_step(step)
+    shown = tuple(ranks) or (_first_ranks(step) if records else ())
+    sums, timeline = _Sums(), None
+    batch = 1
+    try:
+        while (done := len(sums.step_times_s)) < draws:
+            began = perf_counter()
+            run = _run(step, range(done, min(done + batch, draws)), shown if records and not done else ())
+            if not done:
+                timeline = run.timeline
+            sums = sums.with_run(run)
+            if advance is not None:
+                advance(len(sums.step_times_s), draws)
+            batch = max(1, round(batch * min(BATCH_S / max(perf_counter() - began, 1e-9), 16.0)))
+    except KeyboardInterrupt:
+        if not sums.step_times_s:
+            raise
+    asked = _Asked(draws, seed, shown)
+    return _answer(loaded, step, even, sums, asked, timeline)
+
+
+def _run(step: PreparedStep, draws: range, timeline_ranks: Sequence[int]) -> SimulatedRun:
+    """Run some draws; what does not differ from draw to draw is run once."""
+    run = run_step(step, timeline_ranks=timeline_ranks)
+    return replace(
+        run,
+        step_time_s=np.repeat(run.step_time_s, len(draws)),
+        exposed_s={name: np.repeat(part, len(draws), axis=0) for name, part in run.exposed_s.items()},
+        hidden_s={name: np.repeat(part, len(draws), axis=0) for name, part in run.hidden_s.items()},
+    )
+
+
+def _first_ranks(step: PreparedStep) -> tuple[int, ...]:
+    """First rank of each pipeline stage."""
+    return tuple(int(step.ranks.global_ranks(stage)[0]) for stage in range(step.stages))
+
+
+class _Asked(NamedTuple):
+    draws: int
+    seed: int
+    ranks: tuple[int, ...]
+
+
+def _answer(
+    loaded: LoadedScenario,
+    step: PreparedStep,
+    even: SimulatedRun,
+    sums: _Sums,
+    asked: _Asked,
+    timeline: Timeline | None,
+) -> SimulatedStep:
+    evaluation = step.evaluation
+    exposed, hidden = sums.means(sums.exposed_s), sums.means(sums.hidden_s)
+    critical = int(evaluation.critical_stage[evaluation.pass_case[0]])
+    step_time_s = float(np.mean(sums.step_times_s))
+    analytical = analytical_step(loaded, evaluation)
+    times = PricedStep(
+        engine=ENGINE,
+        step_time_s=step_time_s,
+        lower_s=min(analytical.lower_s, step_time_s),
+        upper_s=max(analytical.upper_s, step_time_s),
+        exposed_s={name: float(seconds[critical].mean()) for name, seconds in exposed.items()},
+        hidden_s={name: float(seconds[critical].mean()) for name, seconds in hidden.items()},
+    )
+    even_s = float(even.step_time_s[0])
+    stages = tuple(_stage_fractions(exposed, stage, step.ranks.count) for stage in range(step.stages))
+    recording = None if timeline is None else _recording(loaded, step, timeline)
+    estimate = step_answer(loaded, evaluation, times)
+    return SimulatedStep(
+        estimate=replace(estimate, warnings=[*estimate.warnings, *_warnings(timeline)]),
+        draws_asked=asked.draws,
+        seed=asked.seed,
+        step_times_s=np.array(sums.step_times_s),
+        stages=stages,
+        ranks=tuple(_recorded_ranks(step, exposed, asked.ranks, recording)),
+        agreement=Agreement(analytical.step_time_s, even_s, even_s / analytical.step_time_s - 1.0),
+        recording=recording,
+    )
+
+
+def _shares(exposed_s: Mapping[str, FloatArray], stage: int) -> FloatArray:
+    """Shares of the step in which each rank of a stage computes, moves data and waits: (3, columns)."""
+    parts = np.zeros((3, exposed_s["host"].shape[1]))
+    for name, seconds in exposed_s.items():
+        parts[1 if name in COMMUNICATION else 2 if name in WAITING else 0] += seconds[stage]
+    return np.asarray(parts / parts.sum(axis=0))
+
+
+def _stage_fractions(exposed_s: Mapping[str, FloatArray], stage: int, ranks: int) -> StageFractions:
+    shares = _shares(exposed_s, stage)
+    busy, exposed, idle = shares.mean(axis=1).tolist()
+    return StageFractions(busy, exposed, idle, stage, ranks, float(shares[0].min()))
+
+
+def _recorded_ranks(
+    step: PreparedStep, exposed_s: Mapping[str, FloatArray], ranks: Sequence[int], recording: Recording | None
+) -> Iterator[RecordedRank]:
+    columns = exposed_s["host"].shape[1]
+    peaks = {} if recording is None else recording.memory.peaks()
+    for rank, stage, place in zip(ranks, *(part.tolist() for part in step.ranks.place(ranks)), strict=True):
+        busy, exposed, idle = _shares(exposed_s, stage)[:, place if columns > 1 else 0].tolist()
+        alike = (rank,) if columns > 1 else tuple(step.ranks.global_ranks(stage).tolist())
+        peak = round(peaks[rank]) if rank in peaks else None
+        yield RecordedRank(busy, exposed, idle, rank, stage, alike, peak)
+
+
+def _recording(loaded: LoadedScenario, step: PreparedStep, timeline: Timeline) -> Recording:
+    contents = memory_contents(loaded.system, loaded.columns, step.evaluation)
+    ranks = timeline.ranks
+    stage_of_rank = dict(zip(ranks.tolist(), step.ranks.place(ranks)[0].tolist(), strict=True))
+    return Recording(timeline, memory_timeline(timeline, contents, stage_of_rank))
+
+
+def _warnings(timeline: Timeline | None) -> Iterator[AnswerWarning]:
+    if timeline is not None and len(timeline) > MANY_EVENTS:
+        text = f"{len(timeline):,} operations were recorded; viewers are slow above {MANY_EVENTS:,}: give fewer --ranks"
+        yield AnswerWarning("W-TRC-001", text)

@@ -26,8 +26,8 @@ from moesim.engine.timelines import (
     Messages,
     Timeline,
 )
-from moesim.estimation.simulated_step import SimulatedStep
 from moesim.errors import FormatError, Problem, SimulationError
+from moesim.estimation.simulated_step import SimulatedStep
 from moesim.resources import replaced_file
 from moesim.structure.columns import FloatArray, IntArray
 from moesim.structure.placement import parse_rank_ranges, rank_ranges
@@ -150,9 +150,7 @@ def write_simulated_trace(answer: SimulatedStep, path: str | Path) -> int:
         "step_time_s": float(answer.step_times_s[0]),
     }
     recording = answer.recording
-    return write_chrome_trace(
-        recording.timeline, path, processes=processes, memory=recording.memory, other_data=facts
-    )
+    return write_chrome_trace(recording.timeline, path, processes=processes, memory=recording.memory, other_data=facts)
 
 
 def _require_finite(timeline: Timeline) -> None:

@@ -84,7 +84,9 @@ def _timeline_remarks(answer: SimulatedStep) -> list[tuple[str, str]]:
         ("", "With many operations, the first panel shows what takes most of each short interval."),
     ]
     if answer.draws > 1:
-        text = f"this is the first of {answer.draws} draws, {time_scale(first_s).text(first_s)}; the header has the mean"
+        text = (
+            f"this is the first of {answer.draws} draws, {time_scale(first_s).text(first_s)}; the header has the mean"
+        )
         remarks.append((f"seed {answer.seed}", text))
     if len(answer.ranks) > MAX_RANKS:
         remarks.append(("", f"The first {MAX_RANKS} of {len(answer.ranks)} recorded ranks are drawn."))
