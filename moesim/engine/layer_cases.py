@@ -30,7 +30,8 @@ class BlockPhase:
 
     ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
     peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
-    executed, ``host_s`` what the host needs to issue it; ``weight_gradient_s`` of ``device_s`` a schedule may run apart.
+    executed, ``host_s`` what the host needs to issue it; ``weight_gradient_s`` is what of ``device_s`` a schedule may
+    run apart.
     """
 
     exposed_s: dict[str, FloatArray] = field(default_factory=dict)
