@@ -38,7 +38,6 @@ def print_simulation(answer: SimulatedStep) -> None:
     print_estimates([answer.estimate])
     console = _console()
     _print_draws(console, answer)
-    _print_losses(console, answer)
     _print_ranks(console, answer)
     _print_agreement(console, answer)
 
@@ -46,7 +45,8 @@ def print_simulation(answer: SimulatedStep) -> None:
 def _print_draws(console: Console, answer: SimulatedStep) -> None:
     asked = f" of {answer.draws_asked}" if answer.is_interrupted else ""
     draws = f"{answer.draws}{asked} draw" + ("s" if answer.draws > 1 or asked else "")
-    table = _table(f"\nStep time over {draws}, seed {answer.seed}", ["", ""])
+    console.print(f"\nStep time over {draws}, seed {answer.seed}")
+    table = _table("", ["", ""])
     table.add_row("mean", seconds(answer.estimate.step_time_s))
     for name, value in answer.quantiles_s.items():
         table.add_row(name, seconds(value))
@@ -55,7 +55,8 @@ def _print_draws(console: Console, answer: SimulatedStep) -> None:
 
 def _print_losses(console: Console, answer: SimulatedStep) -> None:
     losses, step = answer.losses, answer.estimate.step_time_s
-    table = _table("\nWhere the mean step is lost", ["", "", "of the step"])
+    console.print("\nWhere the mean step goes")
+    table = _table("", ["", "", "of the step"])
     for name, value in (
         ("work of the critical stage", losses.work_s),
         ("pipeline bubbles and transfers", losses.bubble_s),
@@ -67,7 +68,8 @@ def _print_losses(console: Console, answer: SimulatedStep) -> None:
 
 
 def _print_ranks(console: Console, answer: SimulatedStep) -> None:
-    table = _table("\nWhat ranks do: share of the step", ["", "ranks", "busy", "exposed", "idle", "least busy"])
+    console.print("\nWhat ranks do: share of the step")
+    table = _table("", ["", "ranks", "busy", "exposed", "idle", "least busy"])
     for stage in answer.stages[:MAX_STAGES]:
         shares = _shares(stage)
         table.add_row(f"stage {stage.stage}", str(stage.ranks), *shares, f"{stage.least_busy_fraction:.1%}")
@@ -76,7 +78,8 @@ def _print_ranks(console: Console, answer: SimulatedStep) -> None:
         console.print(f"and {len(answer.stages) - MAX_STAGES} more stages: see --json")
     if not answer.ranks:
         return
-    table = _table("\nRecorded ranks", ["", "stage", "stands for", "busy", "exposed", "idle", "most memory"])
+    console.print("\nRecorded ranks")
+    table = _table("", ["", "stage", "stands for", "busy", "exposed", "idle", "most memory"])
     for rank in answer.ranks:
         memory = "-" if rank.peak_memory_bytes is None else format_quantity(rank.peak_memory_bytes, "bytes")
         others = f"{len(rank.stands_for)} ranks" if len(rank.stands_for) > 1 else "itself"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moesim.describe.perturbations import Perturbations
 from moesim.engine.event_driven import SimulatedRun, run_step
 from moesim.engine.memory_timeline import memory_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
@@ -71,6 +72,7 @@ def simulate_loaded(
     *,
     draws: int = 1,
     seed: int = 0,
+    perturbations: Perturbations | None = None,
     ranks: Sequence[int] = (),
     records: bool = False,
     advance: Advance | None = None,
@@ -85,6 +87,8 @@ def simulate_loaded(
         Steps to draw. The same seed and number gives the same step, however many are drawn.
     seed : int
         Of all draws.
+    perturbations : Perturbations, optional
+        What is slow or late.
     ranks : sequence of int
         Ranks to report on; with ``records`` and none given, the first of each stage.
     records : bool
