@@ -144,10 +144,15 @@ def _optimizer(
     return OPTIMIZER_KERNELS * rates.traffic_fixed_s + ideal / rates.traffic_fraction, ideal
 
 
-def hop_time(columns: Columns, context: LoweringContext, hardware: Hardware) -> CollectiveTime:
-    """Transfer of one micro-batch's activations between neighbouring stages, sharded over the tensor group."""
+def hop_message(columns: Columns, context: LoweringContext) -> Collective:
+    """One micro-batch's activations between neighbouring stages, sharded over the tensor group."""
     tokens = context.tokens("decoder")
     if context.model.architecture == "encoder_decoder" and context.scenario.workload.kind != "decode":
         tokens = tokens + context.tokens("encoder")
     num_bytes = tokens / columns["tensor"] * (context.model.hidden_size * context.activation_bytes)
-    return collective_time(Collective("point_to_point", num_bytes, context.group("pipeline")), hardware.fabric)
+    return Collective("point_to_point", num_bytes, context.group("pipeline"))
+
+
+def hop_time(columns: Columns, context: LoweringContext, hardware: Hardware) -> CollectiveTime:
+    """Transfer of :func:`hop_message`."""
+    return collective_time(hop_message(columns, context), hardware.fabric)

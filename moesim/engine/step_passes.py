@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-
 from moesim.cost.host_times import replays_step
+from moesim.cost.state_costs import hop_message
 from moesim.engine.analytical import PlanEvaluation, System, evaluate
 from moesim.engine.breakdowns import StepEnd, step_end
 from moesim.engine.layer_cases import PricedBlock, PricedBlocks, priced_blocks
@@ -15,6 +15,7 @@ from moesim.engine.rank_max_plus import Nodes, PassKey, forward_nodes, pass_coun
 from moesim.engine.stream_times import BlockProgram, BlockTimes, ChunkBlocks, ChunkPass, RankSeconds, StretchRule
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.layers import LayerSequence, layer_sequence
+from moesim.structure.lowering import LoweringContext
 from moesim.structure.pipeline_orders import BACKWARD, FORWARD, INPUT_GRADIENT
 from moesim.structure.pipeline_schedules import build_program
 from moesim.structure.rank_programs import ChunkLayers, StageRanks, chunk_layers, stage_ranks
@@ -68,6 +69,12 @@ class PreparedStep:
     def exposed_hop_s(self) -> float:
         """Part of it by which the next stage is later."""
         return float(self.evaluation.times.exposed_hop_s[self.evaluation.pass_case[0]])
+
+    @property
+    def hop_bytes(self) -> float:
+        """Bytes a rank sends to the next stage for one micro-batch."""
+        context = LoweringContext(self.system.scenario, self.system.stack, self.columns)
+        return float(hop_message(self.columns, context).num_bytes[0])
 
     def step_ends(self) -> list[StepEnd]:
         """What each stage does after its last pass."""
@@ -166,7 +173,7 @@ class _PassBuilder:
 
     def _groups(self, stage: int, chunk: ChunkLayers) -> list[tuple[BlockTimes, ...]]:
         kinds = len(self.step.priced.layers)
-        groups = [(self._times(stage, kinds, -1),)] if chunk.is_first else []
+        groups: list[tuple[BlockTimes, ...]] = [(self._times(stage, kinds, -1),)] if chunk.is_first else []
         groups += [(self._times(stage, layer.kind, layer.number),) for layer in chunk.layers]
         if chunk.is_last:
             last = [self._times(stage, kinds + 1, -1)]
