@@ -47,6 +47,7 @@ def _print_draws(console: Console, answer: SimulatedStep) -> None:
     draws = f"{answer.draws}{asked} draw" + ("s" if answer.draws > 1 or asked else "")
     console.print(f"\nStep time over {draws}, seed {answer.seed}")
     table = _table("", ["", ""])
+    table.show_header = False
     table.add_row("mean", seconds(answer.estimate.step_time_s))
     for name, value in answer.quantiles_s.items():
         table.add_row(name, seconds(value))

@@ -81,7 +81,11 @@ def _timeline_remarks(answer: SimulatedStep) -> list[tuple[str, str]]:
     first_s = float(answer.step_times_s[0])
     remarks = [
         ("", "Forward passes are lighter than what follows them. Drag along a panel to enlarge a part of it."),
-        ("", "With many operations, the first panel shows what takes most of each short interval."),
+        (
+            "",
+            "With many operations, the first panel shows what takes most of each short interval,"
+            " fainter where it takes little.",
+        ),
     ]
     if answer.draws > 1:
         text = (

@@ -38,7 +38,9 @@ MAX_RANKS_NEAR = 2
 EXACT_BARS = 3000
 """Operations up to which each is a bar of its own; of more, bars show what takes most of each short interval."""
 INTERVALS = 1600
-LEAST_BUSY_SHARE = 0.25
+BUSY_SHARES = (0.02, 0.25, 0.6)
+"""Busy shares of an interval from which on a summed bar is faint, half as strong, and full."""
+STRENGTHS = (0.3, 0.6, 1.0)
 NEAR_OPERATIONS = 60
 """Operations of the busiest row that the second panel shows."""
 LEAST_LABELLED_SHARE = 0.02
@@ -60,13 +62,14 @@ STREAM_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class _Bars:
-    """Bars of a panel, arrays (n_bars,): row, ends in seconds, family, whether it is a forward pass, a first event."""
+    """Bars of a panel, arrays (n_bars,): row, ends, family, whether it is a forward pass, how strong, a first event."""
 
     row: IntArray
     start_s: FloatArray
     end_s: FloatArray
     family: IntArray
     is_forward: IntArray
+    strength: FloatArray
     event: IntArray
 
 
@@ -154,6 +157,7 @@ def _exact_bars(timeline: Timeline, rows: list[tuple[int, int]]) -> _Bars:
         timeline.end_s[event],
         _families(timeline)[event],
         is_forward[event],
+        np.ones(len(event)),
         event,
     )
 
@@ -177,11 +181,11 @@ def _summed_bars(timeline: Timeline, rows: list[tuple[int, int]]) -> _Bars:
     order = np.lexsort((-seconds, table[:, 0]))
     is_most = np.append(True, np.diff(table[order, 0]) > 0)
     chosen = order[is_most]
-    chosen = chosen[busy[chosen] > LEAST_BUSY_SHARE * width]
+    chosen = chosen[busy[chosen] > BUSY_SHARES[0] * width]
     place, kind = table[chosen, 0], table[chosen, 1]
-    begins = np.flatnonzero(
-        np.append(True, (np.diff(place) != 1) | (np.diff(kind) != 0) | (place[1:] % INTERVALS == 0))
-    )
+    level = np.searchsorted(BUSY_SHARES, busy[chosen] / width) - 1
+    differs = (np.diff(place) != 1) | (np.diff(kind) != 0) | (np.diff(level) != 0) | (place[1:] % INTERVALS == 0)
+    begins = np.flatnonzero(np.append(True, differs))
     ends = np.append(begins[1:], len(place)) - 1
     source = bar[at[chosen[begins]]]
     return _Bars(
@@ -190,6 +194,7 @@ def _summed_bars(timeline: Timeline, rows: list[tuple[int, int]]) -> _Bars:
         (place[ends] % INTERVALS + 1) * width,
         exact.family[source],
         exact.is_forward[source],
+        np.array(STRENGTHS)[level[begins]],
         exact.event[source],
     )
 
@@ -247,7 +252,11 @@ def _draw_panel(
             y=[names[index] for index in bars.row[own].tolist()],
             orientation="h",
             meta=meta,
-            marker={"color": _colour(family, is_forward), "line": {"width": 0}},
+            marker={
+                "color": _colour(family, is_forward),
+                "opacity": bars.strength[own].tolist(),
+                "line": {"width": 0},
+            },
             customdata=[_hover(timeline, bars, bar, scale) for bar in own.tolist()],
             hovertemplate="%{customdata}<extra></extra>",
             showlegend=False,
@@ -325,41 +334,44 @@ def _has_labels(figure: go.Figure) -> bool:
 def _draw_memory(
     figure: go.Figure, memory: MemoryTimeline, ranks: IntArray, scale: Scale, capacity_bytes: float | None, *, row: int
 ) -> None:
-    """Bytes over time, a line per rank: of ranks with the same bytes, the first."""
+    """Bytes over time, a line per rank: of ranks with the same bytes the first, of many some."""
     largest = max(float(memory.total.max(initial=0.0)), capacity_bytes or 0.0)
     unit = memory_scale(largest)
     end_s = float(figure.layout.xaxis.range[1]) * scale.size
-    drawn: list[tuple[FloatArray, FloatArray]] = []
+    lines: dict[str, tuple[FloatArray, FloatArray]] = {}
     for rank in ranks.tolist():
         own = memory.of_rank(rank)
         line = (np.append(own.time_s, end_s), np.append(own.total, own.total[-1:]))
-        if any(len(line[0]) == len(known[0]) and np.allclose(line, known) for known in drawn):
-            continue
+        if not any(len(line[0]) == len(known[0]) and np.allclose(line, known) for known in lines.values()):
+            lines[f"rank {rank}"] = line
+    chosen = np.unique(np.linspace(0, len(lines) - 1, min(len(lines), len(LINE_COLOURS))).round().astype(int))
+    drawn = [list(lines.items())[index] for index in chosen.tolist()]
+    for (name, (times, held)), colour in zip(drawn, LINE_COLOURS, strict=False):
         figure.add_scatter(
-            x=(line[0] / scale.size).tolist(),
-            y=(line[1] / unit.size).tolist(),
+            x=(times / scale.size).tolist(),
+            y=(held / unit.size).tolist(),
             mode="lines",
-            line={"shape": "hv", "width": 2, "color": LINE_COLOURS[len(drawn) % len(LINE_COLOURS)]},
-            name=f"rank {rank}",
+            line={"shape": "hv", "width": 2, "color": colour},
+            name=name,
             meta="memory",
             showlegend=False,
-            hovertemplate=f"<b>rank {rank}</b><br>%{{x:,.6~g}} {scale.symbol}: %{{y:,.4~f}} GiB<extra></extra>",
+            hovertemplate=f"<b>{name}</b><br>%{{x:,.6~g}} {scale.symbol}: %{{y:,.4~f}} GiB<extra></extra>",
             row=row,
             col=1,
         )
-        peak = int(np.argmax(line[1]))
+    for index, (name, (times, held)) in enumerate(drawn):
+        at_s = end_s * (index + 0.5) / len(drawn)  # side by side, where lines lie close together
         figure.add_annotation(
-            text=f"rank {rank}",
-            x=line[0][peak] / scale.size,
-            y=line[1][peak] / unit.size,
-            xanchor="left",
+            text=name,
+            x=at_s / scale.size,
+            y=held[max(int(np.searchsorted(times, at_s)) - 1, 0)] / unit.size,
             yanchor="bottom",
             showarrow=False,
-            font={"size": SMALL_FONT_SIZE, "color": LINE_COLOURS[len(drawn) % len(LINE_COLOURS)]},
+            bgcolor="rgba(255,255,255,0.75)",
+            font={"size": SMALL_FONT_SIZE, "color": LINE_COLOURS[index]},
             row=row,
             col=1,
         )
-        drawn.append(line)
     if capacity_bytes:
         figure.add_hline(
             y=capacity_bytes / unit.size,
@@ -371,5 +383,5 @@ def _draw_memory(
     figure.update_yaxes(value_axis(""), ticksuffix=" GiB", range=[0, 1.12 * largest / unit.size], row=row, col=1)
     figure.update_yaxes(ticklabelstandoff=8, row=row, col=1)
     figure.update_xaxes(value_axis(""), ticksuffix=f" {scale.symbol}", fixedrange=False, row=row, col=1)
-    figure.update_xaxes(range=list(figure.layout.xaxis.range), row=row, col=1)
+    figure.update_xaxes(range=list(figure.layout.xaxis.range), ticklabelstandoff=8, row=row, col=1)
     add_panel_title(figure, "Memory of a device", axis=str(row))
