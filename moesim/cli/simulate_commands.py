@@ -117,7 +117,7 @@ def simulate(
         host_jitter=host_jitter,
     )
     loaded, recorded, perturbations = _checked(request)
-    answer = _simulated(request, loaded, recorded, perturbations, shows_progress=not as_json)
+    answer = _simulated(request, loaded, recorded, perturbations)
     _write_files(request, loaded, answer)  # first: what cannot be written is an error, not an answer
     _print_answer(answer, loaded, as_json=as_json, schedules=schedules)
     if answer.is_interrupted:
@@ -148,7 +148,7 @@ def _checked(request: _Request) -> tuple[LoadedScenario, tuple[int, ...], Pertur
     assignments = gathered(lambda: [*request.assignments, *_schedule_assignments(request)])
     loaded = gathered(lambda: _loaded(request, assignments or request.assignments))
     ranks: tuple[int, ...] = gathered(lambda: _ranks(request, loaded)) or ()
-    perturbations = None
+    perturbations: Perturbations | None = None
     if loaded is not None:
         levels = [level.name for level in loaded.system.hardware.fabric.levels]
         perturbations = gathered(
@@ -162,7 +162,7 @@ def _checked(request: _Request) -> tuple[LoadedScenario, tuple[int, ...], Pertur
                 levels=levels,
             )
         )
-    if problems:
+    if problems or perturbations is None:
         raise ScenarioError(problems)
     return with_network(loaded, request.network), ranks, perturbations
 
@@ -243,13 +243,11 @@ def _simulated(
     loaded: LoadedScenario,
     ranks: tuple[int, ...],
     perturbations: Perturbations,
-    *,
-    shows_progress: bool,
 ) -> SimulatedStep:
     from moesim.cli.simulate_text import draw_progress
     from moesim.estimation.simulation import simulate_loaded
 
-    with draw_progress(request.draws, is_wanted=shows_progress) as advance:
+    with draw_progress(request.draws) as advance:
         return simulate_loaded(
             loaded,
             draws=request.draws,

@@ -19,12 +19,12 @@ LARGE_DIFFERENCE = 1e-6
 
 
 @contextmanager
-def draw_progress(draws: int, *, is_wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+def draw_progress(draws: int) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar with the time left, on stderr where that is a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not (is_wanted and console.is_terminal):
+    if not console.is_terminal:
         yield None
         return
     columns = (TextColumn("draws"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -38,6 +38,7 @@ def print_simulation(answer: SimulatedStep) -> None:
     print_estimates([answer.estimate])
     console = _console()
     _print_draws(console, answer)
+    _print_losses(console, answer)
     _print_ranks(console, answer)
     _print_agreement(console, answer)
 
@@ -98,6 +99,6 @@ def _print_agreement(console: Console, answer: SimulatedStep) -> None:
     difference = abs(agreement.relative_difference)
     verdict = "the same" if difference < LARGE_DIFFERENCE else f"{agreement.relative_difference:+.2%}"
     console.print(
-        f"\nAt even load, nothing slow: {seconds(agreement.event_driven_s)} event by event, "
+        f"\nAt the load that estimate prices, nothing slow: {seconds(agreement.event_driven_s)} event by event, "
         f"{seconds(agreement.analytical_s)} analytically ({verdict})."
     )

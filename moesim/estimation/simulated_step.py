@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from moesim.engine.memory_timeline import MemoryTimeline
 from moesim.engine.timelines import Timeline
+from moesim.engine.uneven_world import LossAttribution, quantiles_s
 from moesim.estimation.step_estimate import StepEstimate
 from moesim.structure.columns import FloatArray
 from moesim.structure.placement import rank_ranges
-
-QUANTILES: Mapping[str, float] = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class RecordedRank(Fractions):
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same even step by both engines, and the event-driven one's difference over the analytical one's time."""
+    """The load that ``estimate`` prices by both engines: step times, and their difference over the analytical one."""
 
     analytical_s: float
     event_driven_s: float
@@ -74,12 +70,14 @@ class SimulatedStep:
         What was asked for; fewer draws are there where the run was interrupted.
     step_times_s : ndarray of shape (n_draws,)
         Step time of each draw.
+    losses : LossAttribution
+        What the mean step is lost to.
     stages : tuple of StageFractions
         What the ranks of each stage do.
     ranks : tuple of RecordedRank
         What the ranks asked for do.
     agreement : Agreement
-        Of both engines at even load.
+        Of both engines where nothing is drawn.
     recording : Recording or None
         Timeline and memory of those ranks, where asked for.
     """
@@ -88,6 +86,7 @@ class SimulatedStep:
     draws_asked: int
     seed: int
     step_times_s: FloatArray
+    losses: LossAttribution
     stages: tuple[StageFractions, ...]
     ranks: tuple[RecordedRank, ...]
     agreement: Agreement
@@ -106,8 +105,7 @@ class SimulatedStep:
     @property
     def quantiles_s(self) -> dict[str, float]:
         """Quantiles of the step time over draws."""
-        levels = np.quantile(self.step_times_s, list(QUANTILES.values()))
-        return dict(zip(QUANTILES, levels.tolist(), strict=True))
+        return quantiles_s(self.step_times_s)
 
     def to_json(self) -> dict[str, Any]:
         """The answer with the keys of ``estimate`` and those of draws and ranks, ready for ``json.dumps``."""
@@ -117,6 +115,7 @@ class SimulatedStep:
             "draws": self.draws,
             "draws_asked": self.draws_asked,
             "seed": self.seed,
+            "losses_s": {name.removesuffix("_s"): value for name, value in asdict(self.losses).items()},
             "agreement": asdict(self.agreement),
             "stages": [asdict(stage) for stage in self.stages],
             "ranks": [_rank_json(rank) for rank in self.ranks],

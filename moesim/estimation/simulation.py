@@ -10,10 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.describe.perturbations import Perturbations
+from moesim.engine.drawn_loads import drawn_drops, drawn_loads, with_even_loads
+from moesim.engine.event_driven import Perturbations as RankPerturbations
 from moesim.engine.event_driven import SimulatedRun, run_step
 from moesim.engine.memory_timeline import memory_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.timelines import Timeline
+from moesim.engine.uneven_world import device_factors, host_jitter_s, loss_attribution
 from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
 from moesim.estimation.loading import LoadedScenario
 from moesim.estimation.simulated_step import (
@@ -25,6 +28,7 @@ from moesim.estimation.simulated_step import (
 )
 from moesim.estimation.step_estimate import AnswerWarning
 from moesim.structure.columns import FloatArray
+from moesim.structure.layers import layer_sequence
 from moesim.structure.step_graph import CATEGORIES
 
 ENGINE = "event_driven"
@@ -35,31 +39,42 @@ BATCH_S = 1.0
 """Draws are run in batches of about this long, so that progress shows and an interruption loses little."""
 MANY_EVENTS = 2_000_000
 
+LARGEST_GROWTH = 16.0
+
 Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """What the draws run so far add up to: step times, and seconds by category, (stages, columns) each."""
+    """What was found of each draw run so far, and the sums of their seconds by category, (stages, columns) each.
+
+    ``drawn_times_s`` are step times at the same loads with nothing slow.
+    """
 
     step_times_s: tuple[float, ...] = ()
+    drawn_times_s: tuple[float, ...] = ()
+    max_over_mean: tuple[float, ...] = ()
+    dropped: tuple[float, ...] = ()
     exposed_s: Mapping[str, FloatArray] = field(default_factory=dict)
     hidden_s: Mapping[str, FloatArray] = field(default_factory=dict)
 
-    def with_run(self, run: SimulatedRun) -> _Sums:
+    def with_run(self, run: _Run) -> _Sums:
         """Add the draws of a run."""
 
         def added(totals: Mapping[str, FloatArray], parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-            shape = run.finish_s.shape[1:]
+            shape = run.steps.finish_s.shape[1:]
             return {
                 name: totals.get(name, np.zeros(shape)) + parts.get(name, np.zeros((1, *shape))).sum(axis=0)
                 for name in CATEGORIES
             }
 
         return _Sums(
-            (*self.step_times_s, *run.step_time_s.tolist()),
-            added(self.exposed_s, run.exposed_s),
-            added(self.hidden_s, run.hidden_s),
+            (*self.step_times_s, *run.steps.step_time_s.tolist()),
+            (*self.drawn_times_s, *run.drawn_s.tolist()),
+            (*self.max_over_mean, *run.max_over_mean.tolist()),
+            (*self.dropped, *run.dropped.tolist()),
+            added(self.exposed_s, run.steps.exposed_s),
+            added(self.hidden_s, run.steps.hidden_s),
         )
 
     def means(self, parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
@@ -106,37 +121,80 @@ def simulate_loaded(
     KeyboardInterrupt
         If no draw was finished before.
     """
-    step = prepare_step(loaded.system, loaded.columns)
-    even = run_step(step)
-    shown = tuple(ranks) or (_first_ranks(step) if records else ())
+    world = _World(loaded, seed, perturbations or Perturbations())
+    shown = tuple(ranks) or (_first_ranks(world.step) if records else ())
     sums, timeline = _Sums(), None
     batch = 1
     try:
         while (done := len(sums.step_times_s)) < draws:
             began = perf_counter()
-            run = _run(step, range(done, min(done + batch, draws)), shown if records and not done else ())
+            run = world.run(range(done, min(done + batch, draws)), shown if records and not done else ())
             if not done:
-                timeline = run.timeline
+                timeline = run.steps.timeline
             sums = sums.with_run(run)
             if advance is not None:
                 advance(len(sums.step_times_s), draws)
-            batch = max(1, round(batch * min(BATCH_S / max(perf_counter() - began, 1e-9), 16.0)))
+            batch = max(1, round(batch * min(BATCH_S / max(perf_counter() - began, 1e-9), LARGEST_GROWTH)))
     except KeyboardInterrupt:
         if not sums.step_times_s:
             raise
-    asked = _Asked(draws, seed, shown)
-    return _answer(loaded, step, even, sums, asked, timeline)
+    return _answer(loaded, world, sums, _Asked(draws, seed, shown), timeline)
 
 
-def _run(step: PreparedStep, draws: range, timeline_ranks: Sequence[int]) -> SimulatedRun:
-    """Run some draws; what does not differ from draw to draw is run once."""
-    run = run_step(step, timeline_ranks=timeline_ranks)
-    return replace(
-        run,
-        step_time_s=np.repeat(run.step_time_s, len(draws)),
-        exposed_s={name: np.repeat(part, len(draws), axis=0) for name, part in run.exposed_s.items()},
-        hidden_s={name: np.repeat(part, len(draws), axis=0) for name, part in run.hidden_s.items()},
-    )
+class _Run(NamedTuple):
+    """Some draws: steps as they are, their times with nothing slow, and loads and drops (n_draws,)."""
+
+    steps: SimulatedRun
+    drawn_s: FloatArray
+    max_over_mean: FloatArray
+    dropped: FloatArray
+
+
+class _World:
+    """A scenario at mean load, prepared once, and what its draws make of it."""
+
+    def __init__(self, loaded: LoadedScenario, seed: int, perturbations: Perturbations) -> None:
+        self.system, self.columns = loaded.system, loaded.columns
+        self.seed, self.perturbations = seed, perturbations
+        self.sequence = layer_sequence(loaded.scenario.model)
+        self.as_modelled = prepare_step(loaded.system, loaded.columns)
+        self.step = prepare_step(with_even_loads(loaded.system), loaded.columns)
+        self.even = run_step(self.step)
+        self.factors = device_factors(perturbations, loaded.scenario.devices, seed)
+
+    def run(self, draws: range, timeline_ranks: Sequence[int]) -> _Run:
+        """Run some draws; what does not differ from draw to draw is run once."""
+        drawn = drawn_loads(self.system, self.columns, self.sequence, steps=draws, seed=self.seed)
+        loads = drawn.seconds(self.system.hardware)
+        perturbations = self._perturbations(draws)
+        steps = run_step(self.step, loads=loads, perturbations=perturbations, timeline_ranks=timeline_ranks)
+        plain = run_step(self.step, loads=loads) if perturbations.arrays() else steps
+        dropped = drawn_drops(self.system, self.columns, self.sequence, steps=draws, seed=self.seed)
+        count = len(draws)
+        return _Run(
+            replace(
+                steps,
+                step_time_s=_of_all(steps.step_time_s, count),
+                exposed_s={name: _of_all(part, count) for name, part in steps.exposed_s.items()},
+                hidden_s={name: _of_all(part, count) for name, part in steps.hidden_s.items()},
+            ),
+            _of_all(plain.step_time_s, count),
+            _of_all(drawn.max_over_mean(), count),
+            dropped,
+        )
+
+    def _perturbations(self, draws: range) -> RankPerturbations:
+        delay_s = None
+        if self.perturbations.host_jitter_s:
+            shape = (len(self.factors),)
+            delay_s = host_jitter_s(self.perturbations, shape, steps=draws, seed=self.seed)
+        factor = self.factors if (self.factors != 1).any() else None
+        return RankPerturbations(compute_factor=factor, host_delay_s=delay_s)
+
+
+def _of_all(values: FloatArray, count: int) -> FloatArray:
+    """Values of every draw, of one that stands for all."""
+    return values if len(values) == count else np.repeat(values, count, axis=0)
 
 
 def _first_ranks(step: PreparedStep) -> tuple[int, ...]:
@@ -151,14 +209,9 @@ class _Asked(NamedTuple):
 
 
 def _answer(
-    loaded: LoadedScenario,
-    step: PreparedStep,
-    even: SimulatedRun,
-    sums: _Sums,
-    asked: _Asked,
-    timeline: Timeline | None,
+    loaded: LoadedScenario, world: _World, sums: _Sums, asked: _Asked, timeline: Timeline | None
 ) -> SimulatedStep:
-    evaluation = step.evaluation
+    step, evaluation = world.step, world.as_modelled.evaluation
     exposed, hidden = sums.means(sums.exposed_s), sums.means(sums.hidden_s)
     critical = int(evaluation.critical_stage[evaluation.pass_case[0]])
     step_time_s = float(np.mean(sums.step_times_s))
@@ -171,18 +224,29 @@ def _answer(
         exposed_s={name: float(seconds[critical].mean()) for name, seconds in exposed.items()},
         hidden_s={name: float(seconds[critical].mean()) for name, seconds in hidden.items()},
     )
-    even_s = float(even.step_time_s[0])
-    stages = tuple(_stage_fractions(exposed, stage, step.ranks.count) for stage in range(step.stages))
+    modelled_s = float(run_step(world.as_modelled).step_time_s[0])
     recording = None if timeline is None else _recording(loaded, step, timeline)
     estimate = step_answer(loaded, evaluation, times)
+    routing = replace(
+        estimate.routing,
+        dropped_fraction=float(np.mean(sums.dropped)),
+        max_over_mean_load=float(np.mean(sums.max_over_mean)),
+    )
+    waits = ("pipeline_bubble", "pipeline_p2p")
     return SimulatedStep(
-        estimate=replace(estimate, warnings=[*estimate.warnings, *_warnings(timeline)]),
+        estimate=replace(estimate, routing=routing, warnings=[*estimate.warnings, *_warnings(timeline)]),
         draws_asked=asked.draws,
         seed=asked.seed,
         step_times_s=np.array(sums.step_times_s),
-        stages=stages,
+        losses=loss_attribution(
+            float(world.even.step_time_s[0]),
+            sum(float(world.even.exposed_s[name][0, critical].mean()) for name in waits),
+            np.array(sums.drawn_times_s),
+            np.array(sums.step_times_s),
+        ),
+        stages=tuple(_stage_fractions(exposed, stage, step.ranks.count) for stage in range(step.stages)),
         ranks=tuple(_recorded_ranks(step, exposed, asked.ranks, recording)),
-        agreement=Agreement(analytical.step_time_s, even_s, even_s / analytical.step_time_s - 1.0),
+        agreement=Agreement(analytical.step_time_s, modelled_s, modelled_s / analytical.step_time_s - 1.0),
         recording=recording,
     )
 
