@@ -17,6 +17,7 @@ from moesim.engine.memory_timeline import memory_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.timelines import Timeline
 from moesim.engine.uneven_world import device_factors, host_jitter_s, loss_attribution
+from moesim.errors import Problem, ScenarioError
 from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
 from moesim.estimation.loading import LoadedScenario
 from moesim.estimation.simulated_step import (
@@ -37,7 +38,8 @@ WAITING: tuple[str, ...] = ("host", "imbalance", "pipeline_bubble", "pipeline_p2
 """Categories in which a rank computes nothing and moves nothing in line; all others but communication are busy time."""
 BATCH_S = 1.0
 """Draws are run in batches of about this long, so that progress shows and an interruption loses little."""
-MANY_EVENTS = 2_000_000
+MANY_EVENTS, MOST_EVENTS = 2_000_000, 10_000_000
+"""Recorded operations above which viewers are slow, and above which they take more memory than a trace is worth."""
 
 LARGEST_GROWTH = 16.0
 
@@ -120,9 +122,13 @@ def simulate_loaded(
     ------
     KeyboardInterrupt
         If no draw was finished before.
+    ScenarioError
+        If the ranks would record more than ``MOST_EVENTS`` operations.
     """
     world = _World(loaded, seed, perturbations or Perturbations())
     shown = tuple(ranks) or (_first_ranks(world.step) if records else ())
+    if records:
+        _check_size(world, shown)
     sums, timeline = _Sums(), None
     batch = 1
     try:
@@ -169,7 +175,6 @@ class _World:
         perturbations = self._perturbations(draws)
         steps = run_step(self.step, loads=loads, perturbations=perturbations, timeline_ranks=timeline_ranks)
         plain = run_step(self.step, loads=loads) if perturbations.arrays() else steps
-        dropped = drawn_drops(self.system, self.columns, self.sequence, steps=draws, seed=self.seed)
         count = len(draws)
         return _Run(
             replace(
@@ -180,8 +185,15 @@ class _World:
             ),
             _of_all(plain.step_time_s, count),
             _of_all(drawn.max_over_mean(), count),
-            dropped,
+            self._dropped(draws),
         )
+
+    def _dropped(self, draws: range) -> FloatArray:
+        """Share of the assignments dropped; of uniform loads, without the scatter of sampling, as ``estimate``."""
+        moe = self.system.scenario.model.moe
+        if moe is None or moe.router.imbalance.kind == "uniform":
+            return np.zeros(len(draws))
+        return drawn_drops(self.system, self.columns, self.sequence, steps=draws, seed=self.seed)
 
     def _perturbations(self, draws: range) -> RankPerturbations:
         delay_s = None
@@ -195,6 +207,14 @@ class _World:
 def _of_all(values: FloatArray, count: int) -> FloatArray:
     """Values of every draw, of one that stands for all."""
     return values if len(values) == count else np.repeat(values, count, axis=0)
+
+
+def _check_size(world: _World, ranks: Sequence[int]) -> None:
+    per_rank = world.even.operations / world.step.stages
+    if per_rank * len(ranks) > MOST_EVENTS:
+        message = f"{len(ranks):,} ranks run about {per_rank * len(ranks):.2g} operations, too many for a trace"
+        remedy = f"record at most {int(MOST_EVENTS / per_rank):,} ranks"
+        raise ScenarioError([Problem("E-CLI-001", message, remedy, field="--ranks")])
 
 
 def _first_ranks(step: PreparedStep) -> tuple[int, ...]:
