@@ -99,6 +99,6 @@ def _print_agreement(console: Console, answer: SimulatedStep) -> None:
     difference = abs(agreement.relative_difference)
     verdict = "the same" if difference < LARGE_DIFFERENCE else f"{agreement.relative_difference:+.2%}"
     console.print(
-        f"\nAt the load that estimate prices, nothing slow: {seconds(agreement.event_driven_s)} event by event, "
+        f"\nAt the load that estimate prices: {seconds(agreement.event_driven_s)} event by event, "
         f"{seconds(agreement.analytical_s)} analytically ({verdict})."
     )

@@ -8,11 +8,14 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
+NESTED = 4
+"""Slices before a moment among which that around it is looked for: how deep slices may nest."""
 METADATA = {
     "process_name": "name",
     "process_labels": "labels",
@@ -109,6 +112,7 @@ def check_slices(by_phase: dict[str, list[Event]]) -> dict[tuple[int, int], list
 
 def check_arrows(by_phase: dict[str, list[Event]], slices: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
     """Each arrow starts once and ends once, later or at the same time, both ends inside a slice."""
+    begins = {thread: sorted(spans) for thread, spans in slices.items()}
     starts = {event["id"]: event for event in by_phase["s"]}
     ends = {event["id"]: event for event in by_phase["f"]}
     assert len(starts) == len(by_phase["s"])
@@ -121,8 +125,9 @@ def check_arrows(by_phase: dict[str, list[Event]], slices: dict[tuple[int, int],
         assert end.get("bp") == "e", end
         for event in (start, end):
             time_ns = round(event["ts"] * 1e3)
-            own = slices[event["pid"], event["tid"]]
-            assert any(begin <= time_ns < stop or begin == time_ns == stop for begin, stop in own), event
+            own = begins[event["pid"], event["tid"]]
+            near = own[max(bisect_right(own, (time_ns, math.inf)) - NESTED, 0) :][: NESTED + 1]
+            assert any(begin <= time_ns < stop or begin == time_ns == stop for begin, stop in near), event
 
 
 def check_counters(counters: list[Event]) -> None:
