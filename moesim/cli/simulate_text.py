@@ -46,12 +46,12 @@ def print_simulation(answer: SimulatedStep) -> None:
 def _print_draws(console: Console, answer: SimulatedStep) -> None:
     asked = f" of {answer.draws_asked}" if answer.is_interrupted else ""
     draws = f"{answer.draws}{asked} draw" + ("s" if answer.draws > 1 or asked else "")
-    console.print(f"\nStep time over {draws}, seed {answer.seed}")
-    table = _table("", ["", ""])
-    table.show_header = False
-    table.add_row("mean", seconds(answer.estimate.step_time_s))
+    console.print(f"\nOver {draws}, seed {answer.seed}")
+    table = _table("", ["", "step time", "memory of the fullest rank"])
+    peaks = answer.peak_memory_quantiles_bytes
+    table.add_row("mean", seconds(answer.estimate.step_time_s), "")
     for name, value in answer.quantiles_s.items():
-        table.add_row(name, seconds(value))
+        table.add_row(name, seconds(value), format_quantity(peaks[name], "bytes"))
     console.print(table)
 
 

@@ -70,6 +70,8 @@ class SimulatedStep:
         What was asked for; fewer draws are there where the run was interrupted.
     step_times_s : ndarray of shape (n_draws,)
         Step time of each draw.
+    peak_memory_bytes : ndarray of shape (n_draws,)
+        Most bytes on any rank at the loads of each draw.
     losses : LossAttribution
         What the mean step is lost to.
     stages : tuple of StageFractions
@@ -86,6 +88,7 @@ class SimulatedStep:
     draws_asked: int
     seed: int
     step_times_s: FloatArray
+    peak_memory_bytes: FloatArray
     losses: LossAttribution
     stages: tuple[StageFractions, ...]
     ranks: tuple[RecordedRank, ...]
@@ -107,6 +110,11 @@ class SimulatedStep:
         """Quantiles of the step time over draws."""
         return quantiles_s(self.step_times_s)
 
+    @property
+    def peak_memory_quantiles_bytes(self) -> dict[str, int]:
+        """Quantiles over draws of the memory of the fullest rank."""
+        return {name: round(value) for name, value in quantiles_s(self.peak_memory_bytes).items()}
+
     def to_json(self) -> dict[str, Any]:
         """The answer with the keys of ``estimate`` and those of draws and ranks, ready for ``json.dumps``."""
         return {
@@ -115,6 +123,7 @@ class SimulatedStep:
             "draws": self.draws,
             "draws_asked": self.draws_asked,
             "seed": self.seed,
+            "peak_memory_bytes": self.peak_memory_quantiles_bytes,
             "losses_s": {name.removesuffix("_s"): value for name, value in asdict(self.losses).items()},
             "agreement": asdict(self.agreement),
             "stages": [asdict(stage) for stage in self.stages],

@@ -10,13 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.describe.perturbations import Perturbations
-from moesim.engine.drawn_loads import drawn_drops, drawn_loads, with_even_loads
-from moesim.engine.event_driven import Perturbations as RankPerturbations
-from moesim.engine.event_driven import SimulatedRun, run_step
+from moesim.engine.event_driven import run_step
 from moesim.engine.memory_timeline import memory_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.timelines import Timeline
-from moesim.engine.uneven_world import device_factors, host_jitter_s, loss_attribution
+from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
+from moesim.engine.uneven_world import loss_attribution
 from moesim.errors import Problem, ScenarioError
 from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
 from moesim.estimation.loading import LoadedScenario
@@ -27,9 +26,8 @@ from moesim.estimation.simulated_step import (
     SimulatedStep,
     StageFractions,
 )
-from moesim.estimation.step_estimate import AnswerWarning
+from moesim.estimation.step_estimate import AnswerWarning, RoutingAnswer
 from moesim.structure.columns import FloatArray
-from moesim.structure.layers import layer_sequence
 from moesim.structure.step_graph import CATEGORIES
 
 ENGINE = "event_driven"
@@ -57,26 +55,28 @@ class _Sums:
     drawn_times_s: tuple[float, ...] = ()
     max_over_mean: tuple[float, ...] = ()
     dropped: tuple[float, ...] = ()
+    peak_bytes: tuple[float, ...] = ()
     exposed_s: Mapping[str, FloatArray] = field(default_factory=dict)
     hidden_s: Mapping[str, FloatArray] = field(default_factory=dict)
 
-    def with_run(self, run: _Run) -> _Sums:
+    def with_run(self, run: UnevenRun) -> _Sums:
         """Add the draws of a run."""
 
         def added(totals: Mapping[str, FloatArray], parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-            shape = run.steps.finish_s.shape[1:]
+            shape = run.run.finish_s.shape[1:]
             return {
                 name: totals.get(name, np.zeros(shape)) + parts.get(name, np.zeros((1, *shape))).sum(axis=0)
                 for name in CATEGORIES
             }
 
         return _Sums(
-            (*self.step_times_s, *run.steps.step_time_s.tolist()),
+            (*self.step_times_s, *run.run.step_time_s.tolist()),
             (*self.drawn_times_s, *run.drawn_s.tolist()),
             (*self.max_over_mean, *run.max_over_mean.tolist()),
-            (*self.dropped, *run.dropped.tolist()),
-            added(self.exposed_s, run.steps.exposed_s),
-            added(self.hidden_s, run.steps.hidden_s),
+            (*self.dropped, *run.dropped_fraction.tolist()),
+            (*self.peak_bytes, *run.peak_bytes.tolist()),
+            added(self.exposed_s, run.run.exposed_s),
+            added(self.hidden_s, run.run.hidden_s),
         )
 
     def means(self, parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
@@ -125,7 +125,7 @@ def simulate_loaded(
     ScenarioError
         If the ranks would record more than ``MOST_EVENTS`` operations.
     """
-    world = _World(loaded, seed, perturbations or Perturbations())
+    world = UnevenSteps(loaded.system, loaded.columns, perturbations, seed=seed)
     shown = tuple(ranks) or (_first_ranks(world.step) if records else ())
     if records:
         _check_size(world, shown)
@@ -136,7 +136,7 @@ def simulate_loaded(
             began = perf_counter()
             run = world.run(range(done, min(done + batch, draws)), shown if records and not done else ())
             if not done:
-                timeline = run.steps.timeline
+                timeline = run.run.timeline
             sums = sums.with_run(run)
             if advance is not None:
                 advance(len(sums.step_times_s), draws)
@@ -147,69 +147,7 @@ def simulate_loaded(
     return _answer(loaded, world, sums, _Asked(draws, seed, shown), timeline)
 
 
-class _Run(NamedTuple):
-    """Some draws: steps as they are, their times with nothing slow, and loads and drops (n_draws,)."""
-
-    steps: SimulatedRun
-    drawn_s: FloatArray
-    max_over_mean: FloatArray
-    dropped: FloatArray
-
-
-class _World:
-    """A scenario at mean load, prepared once, and what its draws make of it."""
-
-    def __init__(self, loaded: LoadedScenario, seed: int, perturbations: Perturbations) -> None:
-        self.system, self.columns = loaded.system, loaded.columns
-        self.seed, self.perturbations = seed, perturbations
-        self.sequence = layer_sequence(loaded.scenario.model)
-        self.as_modelled = prepare_step(loaded.system, loaded.columns)
-        self.step = prepare_step(with_even_loads(loaded.system), loaded.columns)
-        self.even = run_step(self.step)
-        self.factors = device_factors(perturbations, loaded.scenario.devices, seed)
-
-    def run(self, draws: range, timeline_ranks: Sequence[int]) -> _Run:
-        """Run some draws; what does not differ from draw to draw is run once."""
-        drawn = drawn_loads(self.system, self.columns, self.sequence, steps=draws, seed=self.seed)
-        loads = drawn.seconds(self.system.hardware)
-        perturbations = self._perturbations(draws)
-        steps = run_step(self.step, loads=loads, perturbations=perturbations, timeline_ranks=timeline_ranks)
-        plain = run_step(self.step, loads=loads) if perturbations.arrays() else steps
-        count = len(draws)
-        return _Run(
-            replace(
-                steps,
-                step_time_s=_of_all(steps.step_time_s, count),
-                exposed_s={name: _of_all(part, count) for name, part in steps.exposed_s.items()},
-                hidden_s={name: _of_all(part, count) for name, part in steps.hidden_s.items()},
-            ),
-            _of_all(plain.step_time_s, count),
-            _of_all(drawn.max_over_mean(), count),
-            self._dropped(draws),
-        )
-
-    def _dropped(self, draws: range) -> FloatArray:
-        """Share of the assignments dropped; of uniform loads, without the scatter of sampling, as ``estimate``."""
-        moe = self.system.scenario.model.moe
-        if moe is None or moe.router.imbalance.kind == "uniform":
-            return np.zeros(len(draws))
-        return drawn_drops(self.system, self.columns, self.sequence, steps=draws, seed=self.seed)
-
-    def _perturbations(self, draws: range) -> RankPerturbations:
-        delay_s = None
-        if self.perturbations.host_jitter_s:
-            shape = (len(self.factors),)
-            delay_s = host_jitter_s(self.perturbations, shape, steps=draws, seed=self.seed)
-        factor = self.factors if (self.factors != 1).any() else None
-        return RankPerturbations(compute_factor=factor, host_delay_s=delay_s)
-
-
-def _of_all(values: FloatArray, count: int) -> FloatArray:
-    """Values of every draw, of one that stands for all."""
-    return values if len(values) == count else np.repeat(values, count, axis=0)
-
-
-def _check_size(world: _World, ranks: Sequence[int]) -> None:
+def _check_size(world: UnevenSteps, ranks: Sequence[int]) -> None:
     per_rank = world.even.operations / world.step.stages
     if per_rank * len(ranks) > MOST_EVENTS:
         message = f"{len(ranks):,} ranks run about {per_rank * len(ranks):.2g} operations, too many for a trace"
@@ -229,9 +167,10 @@ class _Asked(NamedTuple):
 
 
 def _answer(
-    loaded: LoadedScenario, world: _World, sums: _Sums, asked: _Asked, timeline: Timeline | None
+    loaded: LoadedScenario, world: UnevenSteps, sums: _Sums, asked: _Asked, timeline: Timeline | None
 ) -> SimulatedStep:
-    step, evaluation = world.step, world.as_modelled.evaluation
+    as_priced = prepare_step(loaded.system, loaded.columns)
+    step, evaluation = world.step, as_priced.evaluation
     exposed, hidden = sums.means(sums.exposed_s), sums.means(sums.hidden_s)
     critical = int(evaluation.critical_stage[evaluation.pass_case[0]])
     step_time_s = float(np.mean(sums.step_times_s))
@@ -244,20 +183,17 @@ def _answer(
         exposed_s={name: float(seconds[critical].mean()) for name, seconds in exposed.items()},
         hidden_s={name: float(seconds[critical].mean()) for name, seconds in hidden.items()},
     )
-    modelled_s = float(run_step(world.as_modelled).step_time_s[0])
+    priced_s = float(run_step(as_priced).step_time_s[0])
     recording = None if timeline is None else _recording(loaded, step, timeline)
     estimate = step_answer(loaded, evaluation, times)
-    routing = replace(
-        estimate.routing,
-        dropped_fraction=float(np.mean(sums.dropped)),
-        max_over_mean_load=float(np.mean(sums.max_over_mean)),
-    )
+    warnings = [*estimate.warnings, *_warnings(timeline, sums, estimate.memory.capacity)]
     waits = ("pipeline_bubble", "pipeline_p2p")
     return SimulatedStep(
-        estimate=replace(estimate, routing=routing, warnings=[*estimate.warnings, *_warnings(timeline)]),
+        estimate=replace(estimate, routing=_routing(loaded, estimate.routing, sums), warnings=warnings),
         draws_asked=asked.draws,
         seed=asked.seed,
         step_times_s=np.array(sums.step_times_s),
+        peak_memory_bytes=np.array(sums.peak_bytes),
         losses=loss_attribution(
             float(world.even.step_time_s[0]),
             sum(float(world.even.exposed_s[name][0, critical].mean()) for name in waits),
@@ -266,9 +202,17 @@ def _answer(
         ),
         stages=tuple(_stage_fractions(exposed, stage, step.ranks.count) for stage in range(step.stages)),
         ranks=tuple(_recorded_ranks(step, exposed, asked.ranks, recording)),
-        agreement=Agreement(analytical.step_time_s, modelled_s, modelled_s / analytical.step_time_s - 1.0),
+        agreement=Agreement(analytical.step_time_s, priced_s, priced_s / analytical.step_time_s - 1.0),
         recording=recording,
     )
+
+
+def _routing(loaded: LoadedScenario, expected: RoutingAnswer, sums: _Sums) -> RoutingAnswer:
+    """Mean of the draws; of uniform loads what is expected, without the scatter of sampling."""
+    moe = loaded.scenario.model.moe
+    if moe is None or moe.router.imbalance.kind == "uniform":
+        return expected
+    return RoutingAnswer(expected.slots_per_expert, float(np.mean(sums.dropped)), float(np.mean(sums.max_over_mean)))
 
 
 def _shares(exposed_s: Mapping[str, FloatArray], stage: int) -> FloatArray:
@@ -304,7 +248,11 @@ def _recording(loaded: LoadedScenario, step: PreparedStep, timeline: Timeline) -
     return Recording(timeline, memory_timeline(timeline, contents, stage_of_rank))
 
 
-def _warnings(timeline: Timeline | None) -> Iterator[AnswerWarning]:
+def _warnings(timeline: Timeline | None, sums: _Sums, capacity: int) -> Iterator[AnswerWarning]:
+    over = int(np.sum(np.array(sums.peak_bytes) > capacity))
+    if over:
+        text = f"the fullest rank needs more than is usable in {over} of {len(sums.peak_bytes)} draws"
+        yield AnswerWarning("W-MEM-002", text)
     if timeline is not None and len(timeline) > MANY_EVENTS:
         text = f"{len(timeline):,} operations were recorded; viewers are slow above {MANY_EVENTS:,}: give fewer --ranks"
         yield AnswerWarning("W-TRC-001", text)

@@ -44,7 +44,7 @@ def test_people_read_the_estimate_and_what_draws_and_ranks_do(capsys: pytest.Cap
     for text in (
         "step time",
         "Where the step goes",
-        "Step time over 3 draws, seed 2",
+        "Over 3 draws, seed 2",
         "p99",
         "imbalance of the drawn loads",
         "stage 3",
@@ -189,7 +189,7 @@ def test_an_interruption_leaves_what_is_finished(
     check_trace(path)
     code, out, _ = run(capsys, SMALL, *UNEVEN, "--draws", "50")
     assert code == 130
-    assert "Step time over 3 of 50 draws" in out
+    assert "Over 3 of 50 draws" in out
 
 
 def test_ctrl_c_on_a_terminal_prints_the_draws_done_so_far(tmp_path: Path) -> None:
