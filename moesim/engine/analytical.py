@@ -393,6 +393,12 @@ class MemoryBalance:
         }
         return {**parts, "other": self.fixed + sum(parts.values()) * self.fragmentation_fraction}
 
+    def stage_bytes(self, row: int) -> FloatArray:
+        """Bytes of one row on each stage, (stages,), without what is fixed and fragmentation."""
+        of_states, of_work = int(self.state_case[row]), int(self.work_case[row])
+        states = (self.states.weights + self.states.gradients + self.states.optimizer)[:, of_states]
+        return np.asarray(states + (self.work.activations + self.work.buffers)[:, of_work])
+
 
 def _memory(
     system: System,

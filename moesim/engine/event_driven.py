@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.engine.analytical import System
+from moesim.engine.breakdowns import StepEnd
 from moesim.engine.rank_max_plus import (
     FoldedPass,
     Groups,
@@ -22,12 +23,13 @@ from moesim.engine.rank_max_plus import (
     sums_by_category,
 )
 from moesim.engine.step_ends import StepEndTimes, step_end_times
-from moesim.engine.step_passes import PreparedStep, prepare_step
+from moesim.engine.step_passes import LinkPrices, PreparedStep, prepare_step
 from moesim.engine.stream_times import RankSeconds
 from moesim.engine.timeline_recording import StepRecord, recorded_timeline
 from moesim.engine.timelines import Timeline
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.rank_programs import StageRanks
+from moesim.structure.step_graph import Operation
 
 Loads = RankSeconds | Sequence[RankSeconds]
 CELLS_AT_ONCE = 16_000_000
@@ -44,17 +46,21 @@ class RankDelays:
         How many times longer each rank computes.
     host_late_s : ndarray of shape (n_draws, all ranks, passes) or None
         What each rank's host takes longer to issue each of its passes, in the order in which its stage runs them.
+    links : LinkPrices or None
+        What collectives and transfers take where links differ; the same in all draws but for loads.
     """
 
     compute_factor: FloatArray | None = None
     host_late_s: FloatArray | None = None
+    links: LinkPrices | None = None
 
     @property
     def draws(self) -> int:
         """Draws there are; 0 where nothing is given."""
         given = [(self.compute_factor, 2), (self.host_late_s, 3)]
         return max(
-            (values.shape[0] if values.ndim == full else 1 for values, full in given if values is not None), default=0
+            (values.shape[0] if values.ndim == full else 1 for values, full in given if values is not None),
+            default=0 if self.links is None else 1,
         )
 
     def compute_factor_of(self, ranks: StageRanks, stage: int, draws: slice) -> FloatArray:
@@ -221,12 +227,17 @@ def _run_draws(
     passes = step.passes(
         [{key: draws_of(values, draws) for key, values in seconds.items()} for seconds in loads],
         lambda stage: delays.compute_factor_of(step.ranks, stage, draws),
+        None if delays.links is None else _LinksOfDraws(delays.links, draws),
     )
     late_s = delays.host_late_of(step, draws)
     parts = {key: folded(part, groups) for key, part in passes.items()}
-    times = node_times(step.nodes, parts, np.full((1, 1), step.exposed_hop_s), shape, step.stages, late_s)
+    hop_s = np.full((1, 1), step.exposed_hop_s)
+    hop_to = (lambda _: hop_s) if delays.links is None else delays.links.hop_s
+    times = node_times(step.nodes, parts, hop_to, shape, step.stages, late_s)
     finish = pipeline_finish_s(step, times)
-    end = step_end_times(step, finish, groups)
+    ends = step.step_ends() if delays.links is None else delays.links.step_ends()
+    factor = np.stack([delays.compute_factor_of(step.ranks, stage, draws) for stage in range(step.stages)], axis=1)
+    end = step_end_times(step, ends, finish, factor, groups)
     exposed, hidden = _totals(step, parts, times, end)
     timeline = None
     if len(timeline_ranks):
@@ -241,6 +252,26 @@ def _run_draws(
         operations=shape[0] * shape[1] * sum(count * parts[key].operations for key, count in step.counts.items()),
         timeline=timeline,
     )
+
+
+@dataclass(frozen=True)
+class _LinksOfDraws:
+    """Links whose collectives carry the loads of some draws."""
+
+    links: LinkPrices
+    draws: slice
+
+    def collective_s(self, at: tuple[int, int], operation: Operation, key: tuple[int, str, int]) -> FloatArray:
+        return draws_of(self.links.collective_s(at, operation, key), self.draws)
+
+    def zero_s(self, stage: int, chunk: int) -> Mapping[int, float]:
+        return self.links.zero_s(stage, chunk)
+
+    def hop_s(self, node: int) -> FloatArray:
+        return self.links.hop_s(node)
+
+    def step_ends(self) -> list[StepEnd]:
+        return self.links.step_ends()
 
 
 def pipeline_finish_s(step: PreparedStep, times: NodeTimes) -> FloatArray:
@@ -271,10 +302,10 @@ def _totals(
     ends = end.parts
     for category, seconds in (
         ("data_parallel", [part.exposed_s for part in ends]),
-        ("optimizer", [part.optimizer_s for part in ends]),
         ("host", [part.host_s for part in ends]),
     ):
         add(category, np.array(seconds)[None, :, None])
+    add("optimizer", end.optimizer_s)
     add("pipeline_p2p", times.transfer_s.swapaxes(0, 1))
     step_time_s = end_s.max(axis=(1, 2))[:, None, None]
     add("pipeline_bubble", step_time_s - sum(exposed.values(), np.zeros_like(end_s)))

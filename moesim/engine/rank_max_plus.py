@@ -242,7 +242,7 @@ class NodeTimes:
 def node_times(
     nodes: Nodes,
     passes: Mapping[PassKey, FoldedPass],
-    hop_s: FloatArray,
+    hop_s: Callable[[int], FloatArray],
     shape: tuple[int, int],
     stages: int,
     late_s: Callable[[int], FloatArray | None] = lambda _: None,
@@ -255,8 +255,9 @@ def node_times(
         Passes in order.
     passes : mapping of (stage, chunk, phase) to FoldedPass
         What each is.
-    hop_s : ndarray broadcastable to (n_draws, n_ranks)
-        Transfer between stages, occupying neither.
+    hop_s : callable
+        Transfer to a node from the stage that holds what it needs, broadcastable to (n_draws, n_ranks); it occupies
+        neither stage.
     shape : tuple of int
         (n_draws, n_ranks).
     stages : int
@@ -277,8 +278,9 @@ def node_times(
         stage = keys[node][0]
         free = end[befores[node]]
         for at in pair:
-            np.add(end[needs[at]], hops[at] * hop_s, out=arrival[at])
-            np.minimum(np.maximum(arrival[at] - free, 0.0), hops[at] * hop_s, out=start[at])
+            transfer_s = hop_s(at) if hops[at] else ZERO
+            np.add(end[needs[at]], transfer_s, out=arrival[at])
+            np.minimum(np.maximum(arrival[at] - free, 0.0), transfer_s, out=start[at])
             transfer[stage] += start[at]
         now = free
         for at in pair:

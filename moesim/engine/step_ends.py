@@ -17,11 +17,13 @@ from moesim.structure.columns import FloatArray
 class StepEndTimes:
     """Moments of every rank, arrays (n_draws, stages, n_ranks); ``parts`` are each stage's seconds.
 
-    ``finish_s`` ends the last pass, ``reduce_s`` begins the exposed reduction, ``gather_s`` the exposed gather of
-    parameters; ``end_s`` is the end, ``waiting_s`` what of it was waiting for others.
+    ``optimizer_s`` is each rank's own update, axes of all alike may be 1. ``finish_s`` ends the last pass, ``reduce_s``
+    begins the exposed reduction, ``gather_s`` the exposed gather of parameters; ``end_s`` is the end, ``waiting_s``
+    what of it was waiting for others.
     """
 
     parts: Sequence[StepEnd]
+    optimizer_s: FloatArray
     finish_s: FloatArray
     reduce_s: FloatArray
     gather_s: FloatArray
@@ -29,29 +31,42 @@ class StepEndTimes:
     waiting_s: FloatArray
 
 
-def step_end_times(step: PreparedStep, finish_s: FloatArray, groups: Groups) -> StepEndTimes:
+def step_end_times(
+    step: PreparedStep, parts: Sequence[StepEnd], finish_s: FloatArray, compute_factor: FloatArray, groups: Groups
+) -> StepEndTimes:
     """When each rank does what ends its step.
 
     Parameters
     ----------
     step : PreparedStep
         Scenario.
+    parts : sequence of StepEnd
+        What each stage does, seconds.
     finish_s : ndarray of shape (n_draws, stages, n_ranks)
         End of the last pass.
+    compute_factor : ndarray broadcastable to (n_draws, stages, n_ranks)
+        How many times longer each rank computes, and updates what is not offloaded.
     groups : mapping of str to RankGroups
         Who waits for whom; none where ranks cannot be told apart.
+
+    Returns
+    -------
+    StepEndTimes
+        Moments of every rank.
     """
-    parts = step.step_ends()
+    is_offloaded = step.system.scenario.optimizer.offload == "optimizer"
 
     def seconds(attribute: str) -> FloatArray:
         return np.array([getattr(part, attribute) for part in parts])[None, :, None]
 
     reduction_s, parameters_s = seconds("reduction_s"), seconds("gather_s")
+    optimizer_s = seconds("optimizer_s") * (1.0 if is_offloaded else compute_factor)
     reduce_s = np.where(reduction_s > 0, largest_of_gradient_groups(_mirrored(step, finish_s), groups), finish_s)
-    updated_s = reduce_s + (reduction_s - seconds("hidden_reduction_s")) + seconds("optimizer_s") + seconds("host_s")
+    updated_s = reduce_s + (reduction_s - seconds("hidden_reduction_s")) + optimizer_s + seconds("host_s")
     gather_s = np.where(parameters_s > 0, largest_of_gradient_groups(updated_s, groups), updated_s)
     return StepEndTimes(
         parts=parts,
+        optimizer_s=optimizer_s,
         finish_s=finish_s,
         reduce_s=reduce_s,
         gather_s=gather_s,

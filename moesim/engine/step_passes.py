@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +29,23 @@ from moesim.structure.lowering import LoweringContext
 from moesim.structure.pipeline_orders import BACKWARD, FORWARD, INPUT_GRADIENT
 from moesim.structure.pipeline_schedules import build_program
 from moesim.structure.rank_programs import ChunkLayers, StageRanks, chunk_layers, stage_ranks
+from moesim.structure.step_graph import Operation
+
+
+class LinkPrices(Protocol):
+    """What collectives and transfers take where links differ."""
+
+    def collective_s(self, at: tuple[int, int], operation: Operation, key: tuple[int, str, int]) -> FloatArray:
+        """Seconds on the ranks of a (stage, direction), of the operation with a key of ``RankSeconds``."""
+
+    def zero_s(self, stage: int, chunk: int) -> Mapping[int, float]:
+        """Seconds of ZeRO's collectives of a chunk's pass, by phase."""
+
+    def hop_s(self, node: int) -> FloatArray:
+        """Seconds by which a node is later than what it needs from another stage, shape (1, n_ranks)."""
+
+    def step_ends(self) -> list[StepEnd]:
+        """What each stage does after its last pass."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,10 @@ class PreparedStep:
         return int(np.flatnonzero(self.evaluation.plan.placed.stage_of[:, chunk] == stage)[0])
 
     def passes(
-        self, loads: Sequence[RankSeconds], compute_factor: Callable[[int], FloatArray]
+        self,
+        loads: Sequence[RankSeconds],
+        compute_factor: Callable[[int], FloatArray],
+        links: LinkPrices | None = None,
     ) -> dict[PassKey, ChunkPass]:
         """Every pass of the pipeline on the ranks of its stage.
 
@@ -103,8 +124,10 @@ class PreparedStep:
             Seconds of operations that grow with load, for each direction of the pipeline; one stands for all.
         compute_factor : callable
             How many times longer the ranks of a stage compute, broadcastable to (n_draws, n_ranks).
+        links : LinkPrices, optional
+            Where links differ, what collectives take instead.
         """
-        builder = _PassBuilder(self, loads, compute_factor)
+        builder = _PassBuilder(self, loads, compute_factor, links)
         return {key: builder.chunk_pass(*key) for key in self.counts}
 
     @cached_property
@@ -166,9 +189,13 @@ class _PassBuilder:
     """Builds passes; what two of them share is worked out once."""
 
     def __init__(
-        self, step: PreparedStep, loads: Sequence[RankSeconds], compute_factor: Callable[[int], FloatArray]
+        self,
+        step: PreparedStep,
+        loads: Sequence[RankSeconds],
+        compute_factor: Callable[[int], FloatArray],
+        links: LinkPrices | None,
     ) -> None:
-        self.step = step
+        self.step, self.links = step, links
         self.loads = loads
         self.loaded_layers = [{layer for layer, *_ in seconds} for seconds in loads]
         self.factors = {stage: compute_factor(stage) for stage in range(step.stages)}
@@ -181,7 +208,7 @@ class _PassBuilder:
             self.blocks[stage, chunk] = ChunkBlocks(
                 groups=tuple(self._groups(stage, chunk)),
                 rule=self.rule,
-                zero_s=self.step.zero_s(chunk),
+                zero_s=self.step.zero_s(chunk) if self.links is None else self.links.zero_s(stage, chunk),
                 zero_overlap=self.step.evaluation.data_parallel_overlap,
             )
         return self.blocks[stage, chunk].chunk_pass(phase)
@@ -209,6 +236,10 @@ class _PassBuilder:
         key = (*at, program, loaded)
         if key not in self.known:
             self.known[key] = self.step.block_programs[program].times(
-                loaded, self.loads[direction], self.factors[stage], is_training=self.step.is_training
+                loaded,
+                self.loads[direction],
+                self.factors[stage],
+                is_training=self.step.is_training,
+                collectives=None if self.links is None else partial(self.links.collective_s, at),
             )
         return replace(self.known[key], layer=layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,10 +15,13 @@ from moesim.engine.layer_cases import PricedBlock, hidden_seconds
 from moesim.structure.columns import RECOMPUTE_CODES, FloatArray
 from moesim.structure.pipeline_orders import BACKWARD, FORWARD, WEIGHT_GRADIENT
 from moesim.structure.rank_programs import StreamOperation, stream_operations
+from moesim.structure.step_graph import Operation
 
 RankSeconds = Mapping[tuple[int, str, int], FloatArray]
 """Seconds of operations that grow with load, by (layer number, phase, position in the layer's MoE table): arrays
 broadcastable to (n_draws, ranks of a stage)."""
+CollectiveSeconds = Callable[[Operation, tuple[int, str, int]], FloatArray]
+"""Seconds of a collective, and of ``RankSeconds`` its key, where links differ; broadcastable to (n_draws, n_ranks)."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,15 @@ class BlockProgram:
         """What messages to single experts take, see ``host_times.expert_messages_s``."""
         return sum(expert_messages_s(_phase(table, phase).host, self.stack.launch) for table, _ in self.block.tables)
 
-    def times(self, layer: int, loads: RankSeconds, compute_factor: FloatArray, *, is_training: bool) -> BlockTimes:
+    def times(
+        self,
+        layer: int,
+        loads: RankSeconds,
+        compute_factor: FloatArray,
+        *,
+        is_training: bool,
+        collectives: CollectiveSeconds | None = None,
+    ) -> BlockTimes:
         """Seconds on the ranks of a stage.
 
         Parameters
@@ -156,12 +167,17 @@ class BlockProgram:
             How many times longer each rank computes.
         is_training : bool
             Whether there is a backward pass, with recompute.
+        collectives : callable, optional
+            Seconds of collectives in place of those of ``loads``; None where all links are alike.
         """
         by_phase = {
             name: [row for row in self.operations if (row.phase == "forward") == (name == "forward")]
             for name in ("forward", "backward")
         }
-        seconds = {(row.table, row.index): self._seconds(row, layer, loads, compute_factor) for row in self.operations}
+        seconds = {
+            (row.table, row.index): self._seconds(row, layer, loads, compute_factor, collectives)
+            for row in self.operations
+        }
         forward = self._scope(by_phase["forward"], seconds, "forward")
         backward: tuple[Scope, ...] = (self._scope(by_phase["backward"], seconds, "backward"),)
         host_backward_s = self.host_s("backward")
@@ -176,12 +192,21 @@ class BlockProgram:
         return BlockTimes(layer, self.block.is_moe, (forward,), backward, self.host_s("forward"), host_backward_s)
 
     def _seconds(
-        self, row: StreamOperation, layer: int, loads: RankSeconds, compute_factor: FloatArray
+        self,
+        row: StreamOperation,
+        layer: int,
+        loads: RankSeconds,
+        compute_factor: FloatArray,
+        collectives: CollectiveSeconds | None,
     ) -> tuple[FloatArray, FloatArray]:
         """Seconds of an operation, and what the fullest rank takes longer where its load is not given."""
         time_s, extra_s = (np.full((1, 1), value) for value in self.even_s[row.table, row.index])
-        if row.grows_with_load and (layer, row.phase, row.index) in loads:
-            time_s, extra_s = np.atleast_2d(loads[layer, row.phase, row.index]), np.zeros((1, 1))
+        key = (layer, row.phase, row.index)
+        if row.group and collectives is not None:
+            operation, _ = self.block.tables[row.table][0].operations[row.index]
+            time_s, extra_s = collectives(operation, key), np.zeros((1, 1))
+        elif row.grows_with_load and key in loads:
+            time_s, extra_s = np.atleast_2d(loads[key]), np.zeros((1, 1))
         if row.stream == "compute":
             return time_s * compute_factor, extra_s * compute_factor
         return time_s, extra_s

@@ -308,7 +308,7 @@ def _record_step_end(record: StepRecord, stage: int, seen: Seen, events: EventLi
     part, times = record.end.parts[stage], record.end
     finish, reduce, gather = (moment[:1, stage] for moment in (times.finish_s, times.reduce_s, times.gather_s))
     reduced = reduce + (part.reduction_s - part.hidden_reduction_s)
-    updated = reduced + part.optimizer_s
+    updated = reduced + times.optimizer_s[:1, stage]
     first = record.times.start_s[record.step.nodes.stage == stage, 0].min(axis=0, keepdims=True)
     is_offloaded = record.step.system.scenario.optimizer.offload == "optimizer"
     reduction = ("gradients.reduce", "data_parallel", "data_parallel")
@@ -334,9 +334,9 @@ def _record_transfers(record: StepRecord, stage: int, seen: Seen, events: EventL
     source = nodes.needs[sent]
     for column in range(len(seen.ranks)):
         one = Seen(seen.ranks[column : column + 1], seen.columns[column : column + 1])
-        leave = one.of(record.times.end_s[source, 0])[:, 0]
-        order = np.argsort(leave, kind="stable")
-        starts, ends = laid_out(leave[order] + step.exposed_hop_s, step.hop_s)
+        arrive = one.of(record.times.arrival_s[sent, 0])[:, 0]
+        order = np.argsort(arrive, kind="stable")
+        starts, ends = laid_out(arrive[order], step.hop_s)
         for phase in (0, 1):
             kept = np.flatnonzero((nodes.phase[sent[order]] != FORWARD) == bool(phase))
             for chunk in np.unique(nodes.chunk[source[order[kept]]]):
@@ -371,8 +371,8 @@ def _messages(record: StepRecord, asked: IntArray, stage_of: IntArray, place: In
                 continue
             rows = sent[(nodes.stage[nodes.needs[sent]] == stage) & (nodes.stage[sent] == other)]
             column = at if record.groups else 0
-            leave = times.end_s[nodes.needs[rows], 0, column]
-            values = (rank, leave, where[int(other), at], leave + record.step.exposed_hop_s, record.step.hop_bytes)
+            leave, arrive = times.end_s[nodes.needs[rows], 0, column], times.arrival_s[rows, 0, column]
+            values = (rank, leave, where[int(other), at], arrive, record.step.hop_bytes)
             for part, value in zip(parts, values, strict=True):
                 part.append(np.broadcast_to(np.asarray(value), rows.shape))
     kinds = (np.int64, np.float64, np.int64, np.float64, np.float64)
