@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from random_scenarios import loaded, random_document, shipped_library
+from timeline_checks import early_passes, overlapping_events, unsorted_events
 
 from moesim.cost.operators import price
 from moesim.describe.perturbations import FlappingLink, Perturbations, SlowLink, SlowRank
@@ -244,7 +245,23 @@ def test_memory_of_the_fullest_rank_follows_its_rows() -> None:
     assert found == pytest.approx([expected] * 2, rel=0.02)
 
 
-WORST = Perturbations(speed_spread=0.05, host_jitter_s=1e-4)
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "dualpipe"])
+def test_timelines_of_an_uneven_world_are_possible(schedule: str) -> None:
+    """Loads, a slow device and its slow link: no stream runs two things at once, nothing starts before its input."""
+    fields = (f"parallelism.pipeline={{stages: 4, virtual_stages: 1, schedule: {schedule}}}", *SHORT[1:], W3)
+    slow = Perturbations(slow_ranks=(SlowRank(21, 1.4),), slow_links=(SlowLink("network", 21, 0.01),))
+    steps = steps_of(scenario_of(*fields), slow)
+    ranks = [int(steps.step.ranks.global_ranks(stage)[5]) for stage in range(4)]
+    assert 21 in ranks
+    run = steps.run([2], ranks).run
+    assert run.timeline is not None
+    assert overlapping_events(run.timeline) == 0
+    assert unsorted_events(run.timeline) == 0
+    assert early_passes(run.timeline) == 0
+    ends = [own.end for own in (run.timeline.of_ranks([rank]) for rank in ranks)]
+    assert max(ends) <= run.step_time_s[0] * (1 + 1e-12)
+    took = run.timeline.messages.target_s - run.timeline.messages.source_s
+    assert took.max() > 10 * steps.step.exposed_hop_s
 
 
 @pytest.mark.parametrize("seed", range(24))
