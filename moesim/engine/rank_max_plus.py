@@ -127,11 +127,10 @@ class _Folder:
             self.hidden_s[timed.category] = self.hidden_s.get(timed.category, ZERO) + timed.hidden_s
 
     def stretch(self, stretch: Stretch) -> None:
-        at, began, before = len(self.instructions), self.offset, sum(self.own_s.values(), ZERO)
+        at, began = len(self.instructions), self.offset
         for timed in stretch.operations():
             self.run(timed)
-        own_s = sum(self.own_s.values(), ZERO) - before
-        if (stretch.host_s > own_s).any():
+        if (stretch.host_s > least_seconds(stretch)).any():
             self._wait_for_host(at, began, stretch.host_s)
         if stretch.synchronisation_s:
             self.add("host", np.full((1, 1), stretch.synchronisation_s))
@@ -151,6 +150,15 @@ class _Folder:
 def imbalance_category(timed: TimedOperation) -> str:
     """Where an answer counts what the fullest rank takes longer: recompute is one thing, whatever it repeats."""
     return "recompute" if timed.category == "recompute" else "imbalance"
+
+
+def least_seconds(stretch: Stretch) -> FloatArray:
+    """What a stretch takes in any draw: its compute that does not grow with load.
+
+    Whether to look for a late host must not depend on the draws that are run together, or sums would round otherwise.
+    """
+    fixed = (timed for timed in stretch.operations() if not timed.operation.grows_with_load)
+    return sum((timed.exposed_s for timed in fixed if timed.operation.stream == "compute"), ZERO)
 
 
 def group_maximum(seconds: FloatArray, groups: RankGroups) -> FloatArray:
@@ -269,14 +277,14 @@ def node_times(
     running, host, transfer = np.zeros((3, stages, *shape))
     done = np.zeros(len(nodes), dtype=bool)
     keys = list(zip(nodes.stage.tolist(), nodes.chunk.tolist(), nodes.phase.tolist(), strict=True))
-    befores, needs, partners = nodes.before.tolist(), nodes.needs.tolist(), nodes.partner.tolist()
+    before_of, needs, partners = nodes.before.tolist(), nodes.needs.tolist(), nodes.partner.tolist()
     hops = nodes.hops.tolist()
     for node in range(len(nodes)):
         if done[node]:
             continue
         pair = sorted([node, partners[node]], key=lambda at: keys[at][2]) if partners[node] >= 0 else [node]
         stage = keys[node][0]
-        free = end[befores[node]]
+        free = end[before_of[node]]
         for at in pair:
             transfer_s = hop_s(at) if hops[at] else ZERO
             np.add(end[needs[at]], transfer_s, out=arrival[at])

@@ -178,7 +178,8 @@ class UnevenSteps:
         most = []
         for stage in range(plan.stages):
             layers = list(self._layers_of(stage, loads))
-            added = loaded_bytes(context, self.step.sequence, layers, float(in_flight[stage])).total
+            losses = float(in_flight[-1]) if schedule == "gpipe" else 1.0
+            added = loaded_bytes(context, self.step.sequence, layers, float(in_flight[stage]), losses).total
             most.append(even[stage] + added.max(axis=1))
         largest = np.stack(np.broadcast_arrays(*most)).max(axis=0)
         return np.asarray(balance.fixed + largest * (1.0 + balance.fragmentation_fraction))

@@ -64,10 +64,11 @@ class _Sums:
 
         def added(totals: Mapping[str, FloatArray], parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
             shape = run.run.finish_s.shape[1:]
-            return {
-                name: totals.get(name, np.zeros(shape)) + parts.get(name, np.zeros((1, *shape))).sum(axis=0)
-                for name in CATEGORIES
-            }
+            sums = {name: totals.get(name, np.zeros(shape)) for name in CATEGORIES}
+            for name, seconds in parts.items():
+                for of_draw in seconds:  # one by one: a sum must not round by how draws were batched
+                    sums[name] = sums[name] + of_draw
+            return sums
 
         return _Sums(
             (*self.step_times_s, *run.run.step_time_s.tolist()),

@@ -43,6 +43,7 @@ def loaded_bytes(
     sequence: LayerSequence,
     layers: Sequence[tuple[int, FloatArray]],
     in_flight: float,
+    modules_in_flight: float = 1.0,
 ) -> LoadedBytes:
     """Bytes that the loads of the layers of one stage add on each of its ranks.
 
@@ -57,6 +58,8 @@ def loaded_bytes(
         rows of a rank's experts over their mean. A load holds over the step, so all its micro-batches have it.
     in_flight : float
         Micro-batches whose activations the stage holds at its peak, see ``pipeline_schedules``.
+    modules_in_flight : float
+        Micro-batches whose modules of token prediction it holds: those of its losses.
 
     Returns
     -------
@@ -76,7 +79,7 @@ def loaded_bytes(
     everything, buffers = [], []
     for (number, factor), kind in zip(layers, kinds, strict=True):
         slope = per_kind[kind]
-        held = in_flight if number < count else 1.0
+        held = in_flight if number < count else modules_in_flight
         kept = kept + held * slope.kept * (factor - 1.0)
         everything.append(slope.everything_at_mean + slope.everything * (factor - 1.0))
         buffers.append(slope.buffers_at_mean + slope.buffers * (factor - 1.0))

@@ -47,9 +47,10 @@ def added(scenario: LoadedScenario, stage: int, factors: dict[int, FloatArray]) 
     context = LoweringContext(scenario.scenario, scenario.system.stack, scenario.columns)
     schedule = scenario.scenario.parallelism.pipeline.schedule
     counts = scenario.columns["num_micro_batches"]
-    flight = float(micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, counts)[stage, 0])
+    flight = micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, counts)[:, 0].tolist()
+    losses = flight[-1] if schedule == "gpipe" else 1.0
     layers = [(number, factors.get(number, np.ones((1, 1)))) for number in layers_of(sequence, plan, stage)]
-    return loaded_bytes(context, sequence, layers, flight)
+    return loaded_bytes(context, sequence, layers, flight[stage], losses)
 
 
 def of_model(scenario: LoadedScenario, load: float) -> tuple[FloatArray, FloatArray]:
