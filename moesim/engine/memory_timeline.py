@@ -111,7 +111,7 @@ def memory_timeline(timeline: Timeline, contents: MemoryContents, stage_of_rank:
     contents : MemoryContents
         Bytes of the scenario.
     stage_of_rank : mapping
-        Pipeline stage of each recorded rank.
+        Pipeline stage of each rank to follow, whether it has operations or not.
 
     Returns
     -------
@@ -125,7 +125,7 @@ def memory_timeline(timeline: Timeline, contents: MemoryContents, stage_of_rank:
     activations. Where a pass begins as another ends, the end comes first. Fragmentation grows and shrinks with what is
     allocated.
     """
-    ranks = timeline.ranks
+    ranks = np.array(sorted(stage_of_rank), dtype=np.int64)
     changes = [_changes(timeline, contents, int(rank)) for rank in ranks]
     rank = np.concatenate([np.full(len(time_s), r) for r, (time_s, _) in zip(ranks, changes, strict=True)])
     stage = np.array([stage_of_rank[int(r)] for r in ranks], dtype=np.int64)[np.searchsorted(ranks, rank)]

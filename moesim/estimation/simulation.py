@@ -185,7 +185,7 @@ def _answer(
         hidden_s={name: float(seconds[critical].mean()) for name, seconds in hidden.items()},
     )
     priced_s = float(run_step(as_priced).step_time_s[0])
-    recording = None if timeline is None else _recording(loaded, step, timeline)
+    recording = None if timeline is None else _recording(loaded, as_priced, timeline, asked.ranks)
     estimate = step_answer(loaded, evaluation, times)
     warnings = [*estimate.warnings, *_warnings(timeline, sums, estimate.memory.capacity)]
     waits = ("pipeline_bubble", "pipeline_p2p")
@@ -242,10 +242,9 @@ def _recorded_ranks(
         yield RecordedRank(busy, exposed, idle, rank, stage, alike, peak)
 
 
-def _recording(loaded: LoadedScenario, step: PreparedStep, timeline: Timeline) -> Recording:
+def _recording(loaded: LoadedScenario, step: PreparedStep, timeline: Timeline, ranks: Sequence[int]) -> Recording:
     contents = memory_contents(loaded.system, loaded.columns, step.evaluation)
-    ranks = timeline.ranks
-    stage_of_rank = dict(zip(ranks.tolist(), step.ranks.place(ranks)[0].tolist(), strict=True))
+    stage_of_rank = dict(zip(ranks, step.ranks.place(ranks)[0].tolist(), strict=True))
     return Recording(timeline, memory_timeline(timeline, contents, stage_of_rank))
 
 

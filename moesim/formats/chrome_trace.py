@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from moesim.structure.step_graph import CATEGORIES
 
 COMPRESSION_LEVEL = 4
 EVENTS_PER_CHUNK = 16384
+TRANSFER_STREAM = STREAMS.index("pipeline_p2p")
 MESSAGE_NAME = "pipeline message"
 MEMORY_NAME = "memory"
 LINK_STREAMS: tuple[str, ...] = tuple(name for name in STREAMS if name not in ("compute", "host"))
@@ -180,7 +181,7 @@ def _events(
     timeline: Timeline, processes: Sequence[TraceProcess], memory: MemoryTimeline | None
 ) -> Iterator[list[str]]:
     """Events as JSON texts, in lists of bounded length: names first, then all others by time."""
-    yield list(_metadata(timeline, processes))
+    yield list(_metadata(timeline, processes, memory))
     slices = _Slices(timeline)
     arrows = _Arrows(timeline, slices)
     counters = [*_link_counters(timeline, slices), *_memory_counters(memory)]
@@ -202,10 +203,11 @@ def _events(
         yield [writers[number](index) for number, index in zip(numbers, rows, strict=True)]
 
 
-def _metadata(timeline: Timeline, processes: Sequence[TraceProcess]) -> Iterator[str]:
+def _metadata(timeline: Timeline, processes: Sequence[TraceProcess], memory: MemoryTimeline | None) -> Iterator[str]:
     """Names and order of processes and threads."""
     known = {process.rank: process for process in processes}
-    for position, rank in enumerate(np.unique(timeline.rank).tolist()):
+    ranks = {*known, *timeline.ranks.tolist(), *([] if memory is None else memory.rank.tolist())}
+    for position, rank in enumerate(sorted(ranks)):
         process = known.get(rank, TraceProcess(rank))
         yield _named("process_name", rank, 0, {"name": process.name})
         if process.labels:
@@ -284,35 +286,30 @@ class _Slices:
 
 
 class _Arrows:
-    """Messages as flow events, each end bound to a slice of its rank: the transfer's own, else one of compute.
+    """Messages as flow events, each end bound to a slice of its rank; viewers draw an arrow only between slices.
 
-    Viewers draw an arrow only between slices. Where the sender has no transfer at that time the arrow starts in what it
-    computed last, where the receiver has none it ends in what it computes next.
+    An arrow starts in the transfer that runs then, else in what the sender computed last, and ends in what the receiver
+    computes next. Where nothing is left to bind to, the arrow is left out. Its true times are among its arguments.
     """
 
     def __init__(self, timeline: Timeline, slices: _Slices) -> None:
         messages = timeline.messages
-        self._source_rank, self._target_rank = messages.source_rank.tolist(), messages.target_rank.tolist()
-        self._bytes = messages.num_bytes.tolist()
-        self.source_ns, self.target_ns = nanoseconds(messages.source_s), nanoseconds(messages.target_s)
-        source_tid, target_tid = np.ones_like(self.source_ns), np.ones_like(self.target_ns)
-        for rank in timeline.ranks:
-            own = timeline.rank == rank
-            on_link = np.flatnonzero(own & (timeline.stream == STREAMS.index("pipeline_p2p")))
-            on_compute = np.flatnonzero(own & (timeline.stream == COMPUTE_STREAM))
-            sent, received = messages.source_rank == rank, messages.target_rank == rank
-            for mine, ns, tid, is_source in (
-                (sent, self.source_ns, source_tid, True),
-                (received, self.target_ns, target_tid, False),
-            ):
-                ns[mine], tid[mine] = _bound(ns[mine], slices, on_link, on_compute, is_source=is_source)
-        self._source_tid, self._target_tid = source_tid.tolist(), target_tid.tolist()
+        sent_ns, received_ns = nanoseconds(messages.source_s), nanoseconds(messages.target_s)
+        sources = _bound_ends(messages.source_rank, sent_ns, timeline, slices, is_source=True)
+        targets = _bound_ends(messages.target_rank, received_ns, timeline, slices, is_source=False)
+        kept = np.flatnonzero((sources.tid > 0) & (targets.tid > 0))
+        self.source_ns, self.target_ns = sources.time_ns[kept], targets.time_ns[kept]
+        self._source_rank, self._target_rank = messages.source_rank[kept].tolist(), messages.target_rank[kept].tolist()
+        self._source_tid, self._target_tid = sources.tid[kept].tolist(), targets.tid[kept].tolist()
         self._source_times, self._target_times = self.source_ns.tolist(), self.target_ns.tolist()
+        self._bytes = messages.num_bytes[kept].tolist()
+        self._sent, self._received = sent_ns[kept].tolist(), received_ns[kept].tolist()
 
     def start_text(self, row: int) -> str:
         """JSON of the beginning of one arrow."""
         place = f'"pid":{self._source_rank[row]},"tid":{self._source_tid[row]}'
-        arguments = f'"args":{{"bytes":{_number(self._bytes[row])}}}'
+        sent, received = _microseconds(self._sent[row]), _microseconds(self._received[row])
+        arguments = f'"args":{{"bytes":{_number(self._bytes[row])},"sent_us":{sent},"received_us":{received}}}'
         return f'{{"ph":"s",{self._text(row, place, self._source_times[row])},{arguments}}}'
 
     def end_text(self, row: int) -> str:
@@ -324,26 +321,55 @@ class _Arrows:
         return f'{place},"id":{row + 1},"name":"{MESSAGE_NAME}","cat":"pipeline_p2p","ts":{_microseconds(time_ns)}'
 
 
-def _bound(
-    time_ns: IntArray, slices: _Slices, on_link: IntArray, on_compute: IntArray, *, is_source: bool
-) -> tuple[IntArray, IntArray]:
-    """Times and threads of one rank's ends of arrows, moved into a slice: (n_arrows,) each."""
-    tid = np.full(len(time_ns), COMPUTE_STREAM + 1)
-    moved = time_ns.copy()
-    if len(on_compute):
-        start, end = slices.start_ns[on_compute], slices.end_ns[on_compute]
-        if is_source:  # the last slice that began before
-            chosen = np.maximum(np.searchsorted(start, time_ns, side="left") - 1, 0)
-            moved = np.minimum(time_ns, np.maximum(end[chosen] - 1, start[chosen]))
-        else:  # the first slice that ends later
-            chosen = np.minimum(np.searchsorted(end, time_ns, side="right"), len(end) - 1)
-            moved = np.maximum(time_ns, start[chosen])
-    if len(on_link):
-        start, end = slices.start_ns[on_link], slices.end_ns[on_link]
-        chosen = np.maximum(np.searchsorted(start, time_ns, side="right") - 1, 0)
-        is_inside = (start[chosen] <= time_ns) & (time_ns < end[chosen])
-        moved, tid = np.where(is_inside, time_ns, moved), np.where(is_inside, STREAMS.index("pipeline_p2p") + 1, tid)
-    return moved, tid
+class _Ends(NamedTuple):
+    """Ends of arrows, arrays (n_arrows,): times moved into a slice, and its thread; 0 where there is none."""
+
+    time_ns: IntArray
+    tid: IntArray
+
+
+def _bound_ends(ranks: IntArray, time_ns: IntArray, timeline: Timeline, slices: _Slices, *, is_source: bool) -> _Ends:
+    """Bind the ends of arrows on some ranks, by the first rule that finds a slice."""
+    ends = _Ends(time_ns.copy(), np.zeros_like(time_ns))
+    others = [stream for stream in range(len(STREAMS)) if stream != COMPUTE_STREAM]
+    rules: list[tuple[_Rule, int]] = [(_running, TRANSFER_STREAM), (_last_begun, COMPUTE_STREAM)]
+    rules += [(_last_begun, stream) for stream in others]
+    if not is_source:
+        rules = [(_next_to_end, stream) for stream in (COMPUTE_STREAM, *others)]
+    for rank in np.unique(ranks).tolist():
+        own = np.flatnonzero((timeline.rank == rank) & (slices.end_ns > slices.start_ns))
+        for rule, stream in rules:
+            open_ends = np.flatnonzero((ranks == rank) & (ends.tid == 0))
+            chosen = own[timeline.stream[own] == stream]
+            if len(open_ends) and len(chosen):
+                moved = rule(time_ns[open_ends], slices.start_ns[chosen], slices.end_ns[chosen])
+                found = moved >= 0
+                ends.time_ns[open_ends[found]] = moved[found]
+                ends.tid[open_ends[found]] = stream + 1
+    return ends
+
+
+_Rule = Callable[[IntArray, IntArray, IntArray], IntArray]
+"""Times and the starts and ends of slices that follow one another -> times inside a slice; -1 where there is none."""
+
+
+def _running(time_ns: IntArray, start: IntArray, end: IntArray) -> IntArray:
+    """The same times, where a slice is running."""
+    at = np.searchsorted(start, time_ns, side="right") - 1
+    return np.where((at >= 0) & (time_ns < end[at]), time_ns, -1)
+
+
+def _last_begun(time_ns: IntArray, start: IntArray, end: IntArray) -> IntArray:
+    """Times in the last slice that began before; at its end where it has ended."""
+    at = np.searchsorted(start, time_ns, side="left") - 1
+    return np.where(at >= 0, np.minimum(time_ns, end[at] - 1), -1)
+
+
+def _next_to_end(time_ns: IntArray, start: IntArray, end: IntArray) -> IntArray:
+    """Times in the first slice that ends later; at its start where it has not begun."""
+    at = np.searchsorted(end, time_ns, side="right")
+    inside = np.minimum(at, len(end) - 1)
+    return np.where(at < len(end), np.maximum(time_ns, start[inside]), -1)
 
 
 class _Counter:
@@ -451,9 +477,9 @@ def _read_messages(starts: list[dict[str, Any]], ends: list[dict[str, Any]]) -> 
     pairs = [(event, end_of[event["id"]]) for event in sorted(starts, key=lambda event: int(event["id"]))]
     return Messages(
         np.array([start["pid"] for start, _ in pairs], dtype=np.int64),
-        np.array([_seconds(start["ts"]) for start, _ in pairs], dtype=np.float64),
+        np.array([_seconds(start["args"]["sent_us"]) for start, _ in pairs], dtype=np.float64),
         np.array([end["pid"] for _, end in pairs], dtype=np.int64),
-        np.array([_seconds(end["ts"]) for _, end in pairs], dtype=np.float64),
+        np.array([_seconds(start["args"]["received_us"]) for start, _ in pairs], dtype=np.float64),
         np.array([start["args"]["bytes"] for start, _ in pairs], dtype=np.float64),
     )
 

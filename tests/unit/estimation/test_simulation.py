@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from random_scenarios import loaded as loaded_document
+from random_scenarios import random_document
+from trace_event_rules import check_trace
 
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.perturbations import Perturbations, SlowRank
+from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
 from moesim.errors import ScenarioError
 from moesim.estimation import simulation
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario, load
 from moesim.estimation.simulated_step import SimulatedStep
 from moesim.estimation.simulation import simulate_loaded
+from moesim.formats.chrome_trace import read_chrome_trace, write_chrome_trace, write_simulated_trace
 from moesim.resources import shipped_scenarios
 
 SHIPPED = [path.stem for path in shipped_scenarios()]
@@ -111,16 +118,16 @@ def test_ranks_are_reported_without_a_recording() -> None:
 def test_an_interruption_keeps_the_draws_that_are_finished(finished: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "BATCH_S", 0.0)
     loaded = loaded_scenario("megatron_moe_mixtral_8xh100", UNEVEN)
-    run_step, runs = simulation.run_step, 0
+    run, runs = UnevenSteps.run, 0
 
-    def interrupted(*arguments: object, **options: object) -> object:
+    def interrupted(world: UnevenSteps, *arguments: Any) -> UnevenRun:
         nonlocal runs
         runs += 1
-        if runs == finished + 2:  # the even step is the first
+        if runs > finished:
             raise KeyboardInterrupt
-        return run_step(*arguments, **options)  # type: ignore[arg-type]
+        return run(world, *arguments)
 
-    monkeypatch.setattr(simulation, "run_step", interrupted)
+    monkeypatch.setattr(UnevenSteps, "run", interrupted)
     if not finished:
         with pytest.raises(KeyboardInterrupt):
             simulate_loaded(loaded, draws=5, records=True)
@@ -159,3 +166,22 @@ def test_drawn_loads_are_what_the_answer_says_of_routing() -> None:
     capped = loaded_scenario("m6t_1t_v100x480", "model.moe.router.imbalance={kind: preset, name: W1}")
     answer = simulate_loaded(capped, draws=2)
     assert 0.1 < answer.estimate.routing.dropped_fraction < 0.9
+
+
+@pytest.mark.parametrize("seed", [1, 9, 20, 25, 47, 48, 53])
+def test_recordings_of_random_scenarios_obey_the_format_and_hold_the_modelled_memory(seed: int, tmp_path: Path) -> None:
+    loaded = loaded_document(random_document(seed))
+    answer = simulate_loaded(loaded, draws=2, records=True)
+    check_sums(answer)
+    assert abs(answer.agreement.relative_difference) < 1e-6
+    path, again = tmp_path / "trace.json", tmp_path / "again.json"
+    write_simulated_trace(answer, path)
+    check_trace(path)
+    trace = read_chrome_trace(path)
+    write_chrome_trace(
+        trace.timeline, again, processes=trace.processes, memory=trace.memory, other_data=trace.other_data
+    )
+    assert again.read_bytes() == path.read_bytes()
+    peak = max(rank.peak_memory_bytes or 0 for rank in answer.ranks)
+    has_equal_chunks = loaded.scenario.parallelism.pipeline.schedule != "interleaved_one_f_one_b"
+    assert peak == pytest.approx(answer.estimate.memory.peak, rel=1e-6 if has_equal_chunks else 0.15)
