@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -87,19 +87,57 @@ def scenario_document(scenario: Scenario) -> Document:
     return Document(scenario.name, scenario.model_dump(mode="json"), {})
 
 
+@dataclass(frozen=True)
+class PricedStep:
+    """Times of a step as an engine found them: seconds, bounds, and parts by category; exposed ones sum to the step."""
+
+    engine: str
+    step_time_s: float
+    lower_s: float
+    upper_s: float
+    exposed_s: dict[str, float]
+    hidden_s: dict[str, float]
+
+
 def estimate_loaded(loaded: LoadedScenario) -> StepEstimate:
     """Estimate a loaded, legal scenario."""
+    (evaluation,) = evaluate(loaded.system, loaded.columns)
+    return step_answer(loaded, evaluation, analytical_step(loaded, evaluation))
+
+
+def analytical_step(loaded: LoadedScenario, evaluation: PlanEvaluation) -> PricedStep:
+    """Times of a step by the analytical engine."""
+    parts = breakdown(evaluation, loaded.columns, 0)
+    return PricedStep(
+        engine="analytical",
+        step_time_s=float(evaluation.step_time_s[0]),
+        lower_s=float(evaluation.lower_s[0]),
+        upper_s=float(evaluation.upper_s[0]),
+        exposed_s=parts["exposed"],
+        hidden_s=parts["hidden"],
+    )
+
+
+def step_answer(loaded: LoadedScenario, evaluation: PlanEvaluation, step: PricedStep) -> StepEstimate:
+    """Complete the times of a step to an answer.
+
+    Parameters
+    ----------
+    loaded : LoadedScenario
+        A legal scenario.
+    evaluation : PlanEvaluation
+        Its evaluation by the analytical engine, for memory, FLOPs and stage times, which both engines share.
+    step : PricedStep
+        Times of either engine.
+    """
     system, columns = loaded.system, loaded.columns
-    (evaluation,) = evaluate(system, columns)
-    parts = breakdown(evaluation, columns, 0)
-    step_time_s = float(evaluation.step_time_s[0])
     memory = _memory_answer(system, evaluation)
     routing = _routing_answer(system, columns)
     tokens = int(tokens_per_row(system.scenario, columns)[0])
     device = system.device
     return StepEstimate(
         scenario=system.scenario.name,
-        engine="analytical",
+        engine=step.engine,
         network="closed" if system.hardware.fabric.contention is None else "flow",
         kind=system.scenario.workload.kind,
         num_devices=system.scenario.devices,
@@ -107,22 +145,22 @@ def estimate_loaded(loaded: LoadedScenario) -> StepEstimate:
         device=device.id,
         cluster=system.cluster.id,
         stack=system.stack.id,
-        step_time_s=step_time_s,
-        lower_s=float(evaluation.lower_s[0]),
-        upper_s=float(evaluation.upper_s[0]),
-        interval_s=_interval(system, parts["exposed"], step_time_s, float(evaluation.lower_s[0])),
+        step_time_s=step.step_time_s,
+        lower_s=step.lower_s,
+        upper_s=step.upper_s,
+        interval_s=_interval(system, step.exposed_s, step.step_time_s, step.lower_s),
         tokens_per_step=tokens,
         model_flops_per_step=float(model_flops(system, columns)[0]),
         hardware_flops_per_step=float(evaluation.hardware_flops[0]),
         peak_flops_per_s_per_device=device.peak_flop_rate[system.scenario.precision.compute].value,
         parameters=_parameters(system, evaluation),
-        exposed_s=parts["exposed"],
-        hidden_s=parts["hidden"],
-        pipeline=_pipeline_answer(evaluation, parts["exposed"]["pipeline_bubble"], columns),
+        exposed_s=step.exposed_s,
+        hidden_s=step.hidden_s,
+        pipeline=_pipeline_answer(evaluation, step.exposed_s["pipeline_bubble"], columns),
         memory=memory,
         routing=routing,
-        bottleneck=find_bottleneck(parts["exposed"], step_time_s),
-        cost=_cost(system, tokens / step_time_s),
+        bottleneck=find_bottleneck(step.exposed_s, step.step_time_s),
+        cost=_cost(system, tokens / step.step_time_s),
         provenance=sourced_figures(system),
         assumptions=dict(system.scenario.assumed),
         warnings=list(
@@ -172,7 +210,7 @@ def _parameters(system: System, evaluation: PlanEvaluation) -> Parameters:
 
 def _pipeline_answer(evaluation: PlanEvaluation, bubble_s: float, columns: Columns) -> PipelineAnswer:
     case = int(evaluation.pass_case[0])
-    per_stage = stage_seconds(evaluation.times, evaluation.plan.stages)[:, case]
+    per_stage = stage_seconds(evaluation.times, evaluation.plan)[:, case]
     critical = int(evaluation.critical_stage[case])
     busy = float(columns["num_micro_batches"][0]) * float(per_stage[critical])
     return PipelineAnswer([float(value) for value in per_stage], bubble_s / busy, critical)

@@ -10,13 +10,16 @@ from plotly import graph_objects as go
 
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario
+from moesim.estimation.simulated_step import SimulatedStep
 from moesim.estimation.step_estimate import StepEstimate
 from moesim.report.figures import breakdown_figure, memory_figure, scaling_figure
 from moesim.report.numbers import memory_scale, percent, significant, time_scale
 from moesim.report.pages import Fact, Note, write_chart
 from moesim.report.scaling_figures import has_point_that_does_not_fit, legal_devices
 from moesim.report.styles import STEP_CATEGORIES
+from moesim.report.timeline_figures import MAX_RANKS, timeline_figure
 from moesim.structure.columns import IntArray
+from moesim.structure.placement import rank_ranges
 from moesim.study.scaling import Scaling, scaling_from
 
 MAX_LISTED = 7
@@ -52,6 +55,51 @@ def write_scaling_chart(loaded: LoadedScenario, path: str | Path) -> None:
     scaling = scaling_from(loaded)
     notes = [Note("About this chart", _scaling_remarks(scaling)), Note("Left out: not legal", _illegal_points(scaling))]
     _write(loaded, scaling.base, scaling_figure(scaling), path, "scaling with the number of devices", notes)
+
+
+def write_timeline_chart(loaded: LoadedScenario, answer: SimulatedStep, path: str | Path) -> None:
+    """Write what the recorded ranks of a simulation did in its first draw; as ``write_breakdown_chart``.
+
+    Raises
+    ------
+    ValueError
+        If nothing was recorded.
+    """
+    if answer.recording is None:
+        raise ValueError("nothing was recorded")
+    figure = timeline_figure(
+        answer.recording.timeline,
+        memory=answer.recording.memory,
+        capacity_bytes=answer.estimate.memory.capacity,
+        stage_of_rank={rank.rank: rank.stage for rank in answer.ranks},
+    )
+    notes = [Note("About this chart", _timeline_remarks(answer))]
+    _write(loaded, answer.estimate, figure, path, "a simulated step", notes)
+
+
+def _timeline_remarks(answer: SimulatedStep) -> list[tuple[str, str]]:
+    first_s = float(answer.step_times_s[0])
+    remarks = [
+        ("", "Forward passes are lighter than what follows them. Drag along a panel to enlarge a part of it."),
+        (
+            "",
+            "With many operations, the first panel shows what takes most of each short interval,"
+            " fainter where it takes little.",
+        ),
+    ]
+    if answer.draws > 1:
+        text = (
+            f"this is the first of {answer.draws} draws, {time_scale(first_s).text(first_s)}; the header has the mean"
+        )
+        remarks.append((f"seed {answer.seed}", text))
+    if len(answer.ranks) > MAX_RANKS:
+        remarks.append(("", f"The first {MAX_RANKS} of {len(answer.ranks)} recorded ranks are drawn."))
+    remarks += [
+        (f"rank {rank.rank}", f"stands for ranks {rank_ranges(rank.stands_for)}, which do the same")
+        for rank in answer.ranks[:MAX_RANKS]
+        if len(rank.stands_for) > 1
+    ]
+    return remarks
 
 
 def _write(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +11,7 @@ from plotly import graph_objects as go
 
 from moesim import __version__
 from moesim.report.styles import FONT_FAMILY, INK, MUTED, RULE, VERMILION
+from moesim.resources import replaced_file
 
 # No request leaves the page, whatever the script of the charts would like to load.
 CONTENT_POLICY = (
@@ -164,25 +161,5 @@ def replace_file(path: Path, text: str) -> None:
     OSError
         If that is not possible; it names ``path``, and nothing is left behind.
     """
-    try:
-        target = Path(os.path.realpath(path))
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        _write_beside(target, text)
-    except ValueError as error:  # a NUL or a lone surrogate in the name
-        raise OSError(errno.EINVAL, "not the name of a file", repr(str(path))) from error
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _write_beside(target: Path, text: str) -> None:
-    beside = target.with_name(f".moesim-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "x", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with replaced_file(path) as stream:
+        stream.write(text.encode("utf-8"))

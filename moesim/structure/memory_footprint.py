@@ -44,7 +44,10 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters and parameter tensors per stage before sharding, by sharding: each of shape (stages,)."""
+    """Parameters and parameter tensors per stage before sharding, by sharding: each of shape (stages,).
+
+    ``copies`` of the model that one pipeline holds; stages count all they hold.
+    """
 
     tensor: FloatArray
     replicated: FloatArray
@@ -54,6 +57,7 @@ class StageParameters:
     expert_factored: FloatArray
     tensors: FloatArray
     expert_tensors: FloatArray
+    copies: int = 1
 
 
 def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePlan) -> StageParameters:
@@ -65,12 +69,14 @@ def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePla
     layers = [sharded_sizes(layer_matrices(model, kind)) for kind in sequence.kinds]
     counts = plan.stage_counts()
     first, last = embedding_matrices(model), head_matrices(model)
-    if (model.tied_embeddings or model.mtp_layers) and plan.stages > 1:
+    placed = plan.placed
+    if (model.tied_embeddings or model.mtp_layers) and placed.stages_of(0) != placed.stages_of(-1):
         last = last + embedding_matrices(model)
     last = last + mtp_matrices(model, mtp_layer_kind(sequence)) * model.mtp_layers
-    ends = {0: [sharded_sizes(first)], plan.stages - 1: [sharded_sizes(last)]}
-    if plan.stages == 1:
-        ends = {0: [sharded_sizes(first), sharded_sizes(last)]}
+    ends: dict[int, list[ShardedSizes]] = {stage: [] for stage in range(plan.stages)}
+    for chunk, end in ((0, first), (-1, last)):
+        for stage in placed.stages_of(chunk):
+            ends[stage].append(sharded_sizes(end))
 
     def per_stage(attribute: str) -> FloatArray:
         total = np.zeros(plan.stages)
@@ -80,7 +86,8 @@ def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePla
             total[stage] += sum(getattr(size, attribute) for size in sizes)
         return total
 
-    return StageParameters(*(per_stage(name) for name in ShardedSizes.__dataclass_fields__))
+    sizes = {name: per_stage(name) for name in ShardedSizes.__dataclass_fields__}
+    return StageParameters(**sizes, copies=placed.directions)
 
 
 def local_parameters(context: LoweringContext, stages: StageParameters) -> tuple[FloatArray, FloatArray]:
@@ -291,10 +298,10 @@ def working_bytes(
 ) -> WorkingBytes:
     """Activations in flight and communication buffers of every stage."""
     counts = plan.stage_counts()
-    layers = [layer_activations(context, kind, load_factor) for kind in sequence.kinds]
     if context.is_training:
-        activations = _training_activations(context, plan, counts, layers, sequence)
+        activations = _training_activations(context, plan, chunk_activations(context, sequence, plan, load_factor))
     else:
+        layers = [layer_activations(context, kind, load_factor) for kind in sequence.kinds]
         largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
         activations = np.broadcast_to(largest, (plan.stages, len(largest))).copy()
     buffers = np.zeros_like(activations)
@@ -308,29 +315,55 @@ def working_bytes(
     return WorkingBytes(activations, buffers)
 
 
-def _training_activations(
-    context: LoweringContext,
-    plan: StagePlan,
-    counts: FloatArray,
-    layers: list[LayerActivations],
-    sequence: LayerSequence,
-) -> FloatArray:
-    """Kept activations times micro-batches in flight; full recompute rebuilds one layer at a time; logits and loss."""
+@dataclass(frozen=True)
+class ChunkActivations:
+    """Bytes that activations of one micro-batch take on the chunks of a model, in model order.
+
+    Attributes
+    ----------
+    kept : ndarray of shape (chunks, n_cases)
+        From a chunk's forward pass to its last gradient.
+    loss : ndarray of shape (n_cases,)
+        On the last chunk besides, logits and token prediction, to the gradient of its activations.
+    rebuilt : ndarray of shape (n_cases,)
+        What full recompute, one layer at a time, holds besides while a backward pass runs.
+    """
+
+    kept: FloatArray
+    loss: FloatArray
+    rebuilt: FloatArray
+
+
+def chunk_activations(
+    context: LoweringContext, sequence: LayerSequence, plan: StagePlan, load_factor: LoadFactor
+) -> ChunkActivations:
+    """Activations of one micro-batch, chunk by chunk: what a schedule's counts in flight multiply."""
     columns, model = context.columns, context.model
     recompute = columns["recompute"]
-    schedule = context.scenario.parallelism.pipeline.schedule
-    in_flight = micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, columns["num_micro_batches"])
+    layers = [layer_activations(context, kind, load_factor) for kind in sequence.kinds]
     kept = [layer.kept(recompute) for layer in layers]
-    activations = sum(counts[index][:, None] * layer for index, layer in enumerate(kept)) * in_flight
+    chunks = sum(plan.counts[index][:, None] * layer for index, layer in enumerate(kept))
+    vocabulary = np.ceil(model.vocab_size / columns["tensor"])
+    logits = context.tokens("decoder") * vocabulary * context.stack.memory.bytes_per_logit
+    last = kept[sequence.kinds.index(mtp_layer_kind(sequence))]
     largest = np.max(np.stack([layer.everything for layer in layers]), axis=0)
-    activations = activations + (recompute == RECOMPUTE_CODES["full"]) * largest
-    logits = (
-        context.tokens("decoder") * np.ceil(model.vocab_size / columns["tensor"]) * context.stack.memory.bytes_per_logit
+    return ChunkActivations(
+        np.asarray(chunks, dtype=np.float64),
+        logits * (1 + model.mtp_layers) + last * model.mtp_layers,
+        (recompute == RECOMPUTE_CODES["full"]) * largest,
     )
-    if schedule == "gpipe":  # every micro-batch's loss waits for its backward pass
-        logits = logits * in_flight[-1]
-    last = sequence.kinds.index(mtp_layer_kind(sequence))
-    activations[-1] += logits * (1 + model.mtp_layers) + kept[last] * model.mtp_layers
+
+
+def _training_activations(context: LoweringContext, plan: StagePlan, chunks: ChunkActivations) -> FloatArray:
+    """Most bytes in flight on every stage, (stages, n_cases); the chunks of a stage are counted as equal."""
+    schedule = context.scenario.parallelism.pipeline.schedule
+    micro_batches = context.columns["num_micro_batches"]
+    in_flight = micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, micro_batches)
+    activations = chunks.kept[plan.placed.held].sum(axis=1) * in_flight + chunks.rebuilt
+    # Under GPipe every micro-batch's loss waits for its backward pass; elsewhere it follows at once.
+    losses = in_flight[-1] if schedule == "gpipe" else 1.0
+    for stage in plan.placed.stages_of(-1):
+        activations[stage] += chunks.loss * losses
     return np.asarray(activations, dtype=np.float64)
 
 

@@ -26,10 +26,14 @@ MESH_COLUMN: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Ranks ``r, r + stride, ..., r + (size - 1) * stride``; arrays of shape (n_cases,)."""
+    """Ranks ``r, r + stride, ..., r + (size - 1) * stride``; arrays of shape (n_cases,).
+
+    ``dimension`` is the mesh dimension in which they differ, empty where it is none of them.
+    """
 
     size: FloatArray
     stride: FloatArray
+    dimension: str = ""
 
 
 def dense_mesh(rank_order: Sequence[str]) -> tuple[str, ...]:
@@ -55,7 +59,7 @@ def process_group(columns: Columns, rank_order: Sequence[str], dimension: str) -
     stride = np.ones(len(columns))
     for name in names[:-1]:
         stride = stride * columns[name]
-    return ProcessGroup(columns[names[-1]], stride)
+    return ProcessGroup(columns[names[-1]], stride, dimension)
 
 
 def gradient_group(columns: Columns, rank_order: Sequence[str]) -> ProcessGroup:
@@ -102,3 +106,41 @@ def group_extents(group: ProcessGroup, level_sizes: Sequence[int]) -> FloatArray
         skip = np.maximum(skip / size, 1.0)
     extents.append(remaining)
     return np.stack(np.broadcast_arrays(*extents))
+
+
+def rank_ranges(ranks: Sequence[int]) -> str:
+    """Ascending numbers as ranges.
+
+    Examples
+    --------
+    >>> rank_ranges([0, 1, 2, 8, 10, 11])
+    '0-2, 8, 10-11'
+    """
+    numbers = np.asarray(ranks, dtype=np.int64)
+    if not len(numbers):
+        return ""
+    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
+
+
+def parse_rank_ranges(text: str) -> tuple[int, ...]:
+    """Numbers of a text such as ``rank_ranges`` writes.
+
+    Raises
+    ------
+    ValueError
+        If the text is no list of numbers and rising ranges.
+
+    Examples
+    --------
+    >>> parse_rank_ranges("0-2, 8")
+    (0, 1, 2, 8)
+    """
+    ranks: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        span = range(int(first), int(last if dash else first) + 1)
+        if not span:
+            raise ValueError(f"{part.strip()} is no rising range")
+        ranks += span
+    return tuple(ranks)

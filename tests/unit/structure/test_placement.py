@@ -14,6 +14,7 @@ from moesim.structure.placement import (
     gradient_group,
     group_columns,
     group_extents,
+    parse_rank_ranges,
     process_group,
 )
 
@@ -127,3 +128,9 @@ def test_the_extents_multiply_to_the_size_on_fabrics_that_are_no_powers_of_two(
     extents = group_extents(ProcessGroup(np.array([float(size)]), np.array([float(stride)])), levels)
     assert extents[:, 0].prod() == size
     assert (extents >= 1).all()
+
+
+@pytest.mark.parametrize("text", ["", "3-1", "a", "1,,2", "1-2-3", "--2"])
+def test_malformed_ranges_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_rank_ranges(text)

@@ -1,0 +1,104 @@
+"""What a person reads of a simulation: the estimate's tables, then draws, losses, and what each stage's ranks do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from moesim.cli.text import _console, _table, print_estimates, seconds
+from moesim.units import format_quantity
+
+if TYPE_CHECKING:
+    from moesim.estimation.simulated_step import Fractions, SimulatedStep
+
+MAX_STAGES = 32
+LARGE_DIFFERENCE = 1e-6
+
+
+@contextmanager
+def draw_progress(draws: int) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar with the time left, on stderr where that is a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("draws"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("draws", total=draws)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_simulation(answer: SimulatedStep) -> None:
+    """Print an answer of the event-driven engine."""
+    print_estimates([answer.estimate])
+    console = _console()
+    _print_draws(console, answer)
+    _print_losses(console, answer)
+    _print_ranks(console, answer)
+    _print_agreement(console, answer)
+
+
+def _print_draws(console: Console, answer: SimulatedStep) -> None:
+    asked = f" of {answer.draws_asked}" if answer.is_interrupted else ""
+    draws = f"{answer.draws}{asked} draw" + ("s" if answer.draws > 1 or asked else "")
+    console.print(f"\nOver {draws}, seed {answer.seed}")
+    table = _table("", ["", "step time", "memory of the fullest rank"])
+    peaks = answer.peak_memory_quantiles_bytes
+    table.add_row("mean", seconds(answer.estimate.step_time_s), "")
+    for name, value in answer.quantiles_s.items():
+        table.add_row(name, seconds(value), format_quantity(peaks[name], "bytes"))
+    console.print(table)
+
+
+def _print_losses(console: Console, answer: SimulatedStep) -> None:
+    losses, step = answer.losses, answer.estimate.step_time_s
+    console.print("\nWhere the mean step goes")
+    table = _table("", ["", "", "of the step"])
+    for name, value in (
+        ("work of the critical stage", losses.work_s),
+        ("pipeline bubbles and transfers", losses.bubble_s),
+        ("imbalance of the drawn loads", losses.imbalance_s),
+        ("stragglers: slow devices, links, hosts", losses.stragglers_s),
+    ):
+        table.add_row(name, seconds(value), f"{value / step:.1%}")
+    console.print(table)
+
+
+def _print_ranks(console: Console, answer: SimulatedStep) -> None:
+    console.print("\nWhat ranks do: share of the step")
+    table = _table("", ["", "ranks", "busy", "exposed", "idle", "least busy"])
+    for stage in answer.stages[:MAX_STAGES]:
+        shares = _shares(stage)
+        table.add_row(f"stage {stage.stage}", str(stage.ranks), *shares, f"{stage.least_busy_fraction:.1%}")
+    console.print(table)
+    if len(answer.stages) > MAX_STAGES:
+        console.print(f"and {len(answer.stages) - MAX_STAGES} more stages: see --json")
+    if not answer.ranks:
+        return
+    console.print("\nRecorded ranks")
+    table = _table("", ["", "stage", "stands for", "busy", "exposed", "idle", "most memory"])
+    for rank in answer.ranks:
+        memory = "-" if rank.peak_memory_bytes is None else format_quantity(rank.peak_memory_bytes, "bytes")
+        others = f"{len(rank.stands_for)} ranks" if len(rank.stands_for) > 1 else "itself"
+        table.add_row(f"rank {rank.rank}", str(rank.stage), others, *_shares(rank), memory)
+    console.print(table)
+
+
+def _shares(fractions: Fractions) -> tuple[str, str, str]:
+    shares = (fractions.busy_fraction, fractions.exposed_fraction, fractions.idle_fraction)
+    return (f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"{shares[2]:.1%}")
+
+
+def _print_agreement(console: Console, answer: SimulatedStep) -> None:
+    agreement = answer.agreement
+    difference = abs(agreement.relative_difference)
+    verdict = "the same" if difference < LARGE_DIFFERENCE else f"{agreement.relative_difference:+.2%}"
+    console.print(
+        f"\nAt the load that estimate prices: {seconds(agreement.event_driven_s)} event by event, "
+        f"{seconds(agreement.analytical_s)} analytically ({verdict})."
+    )
