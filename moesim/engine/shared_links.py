@@ -151,7 +151,7 @@ class SharedLinks:
         self.carried = np.zeros(len(self.capacity))
         self._flapping = dict(flapping or {})
         self._followed: set[int] = set()
-        self._available = self.capacity.tolist()
+        self._available: list[float] = self.capacity.tolist()
         self._on: list[dict[int, _Running]] = [{} for _ in self._available]
         self._running: dict[int, _Running] = {}
         self._started = 0
