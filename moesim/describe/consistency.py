@@ -48,6 +48,14 @@ def inconsistencies(scenario: Scenario) -> Iterator[Inconsistency]:
             f"a {scenario.workload.kind} step has no backward passes to interleave",
             "use virtual_stages: 1",
         )
+    schedule = scenario.parallelism.pipeline.schedule
+    if scenario.workload.kind != "training" and schedule not in ("gpipe", "one_f_one_b", "interleaved_one_f_one_b"):
+        yield Inconsistency(
+            "E-SCN-011",
+            "parallelism.pipeline.schedule",
+            f"schedule {schedule} orders backward passes, which a {scenario.workload.kind} step has not",
+            "use schedule: one_f_one_b",
+        )
 
 
 def _layer_problems(scenario: Scenario) -> Iterator[Inconsistency]:

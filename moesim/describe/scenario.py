@@ -55,7 +55,18 @@ class Optimizer(Description):
     offload: Literal["none", "optimizer"] = "none"
 
 
-PipelineScheduleName = Literal["gpipe", "one_f_one_b", "interleaved_one_f_one_b"]
+PipelineScheduleName = Literal[
+    "gpipe",
+    "one_f_one_b",
+    "interleaved_one_f_one_b",
+    "zb_h1",
+    "zb_h2",
+    "zb_v",
+    "v_half",
+    "v_min",
+    "dualpipe",
+    "dualpipe_v",
+]
 
 
 class PipelineParallelism(Description):

@@ -18,6 +18,7 @@ from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.scenario import Scenario
 from moesim.engine.layer_cases import PHASES, LayerCases, PhaseName, layer_case_columns, layer_cases
 from moesim.engine.max_plus import forward_finish_s, pipeline_finish_s
+from moesim.structure.chunk_placement import placement_name
 from moesim.structure.columns import Columns, Distinct, FloatArray, IntArray, distinct_codes
 from moesim.structure.layers import LayerSequence, StagePlan, layer_sequence, stage_plan
 from moesim.structure.lowering import LoweringContext, token_columns
@@ -32,6 +33,7 @@ from moesim.structure.memory_footprint import (
     working_bytes,
 )
 from moesim.structure.model_flops import model_flops_per_step
+from moesim.structure.pipeline_schedules import CLASSIC_SCHEDULES
 from moesim.structure.placement import group_columns
 
 
@@ -52,8 +54,8 @@ class ChunkTimes:
     """Times of one micro-batch on every chunk without ZeRO's passes, arrays (chunks, n_layer_cases of the plan).
 
     ``forward_s`` and ``backward_s`` contain what the host makes the device wait, which is also in ``host_s``; the
-    ``serial`` ones overlap nothing; ``ideal_s`` is forward and backward at peak rates; ``flops`` (n_layer_cases,) are
-    those of all stages.
+    ``serial`` ones overlap nothing; ``ideal_s`` is forward and backward at peak rates; ``weight_gradient_s`` is the part
+    of ``backward_s`` that schedules may run apart: its compute; ``flops`` (n_layer_cases,) are those of all stages.
     """
 
     forward_s: FloatArray
@@ -62,6 +64,7 @@ class ChunkTimes:
     serial_backward_s: FloatArray
     ideal_s: FloatArray
     host_s: FloatArray
+    weight_gradient_s: FloatArray
     flops: FloatArray
 
 
@@ -114,6 +117,7 @@ class PlanEvaluation:
 def evaluate(system: System, columns: Columns) -> Iterator[PlanEvaluation]:
     """Evaluate resolved, legal rows, one stage plan after the other."""
     sequence = layer_sequence(system.scenario.model)
+    placement = placement_name(system.scenario.parallelism.pipeline.schedule)
     layers = layer_cases(system.scenario, system.stack, sequence, columns, system.hardware, system.load_factor)
     is_training = system.scenario.workload.kind == "training"
     planned = sequence if is_training else replace(sequence, mtp_layers=0)  # inference predicts one token at a time
@@ -123,7 +127,7 @@ def evaluate(system: System, columns: Columns) -> Iterator[PlanEvaluation]:
         rows = np.flatnonzero(shapes.inverse == index)
         stages, virtual = int(columns["stages"][first]), int(columns["virtual_stages"][first])
         given = system.scenario.parallelism.pipeline.layers_per_stage
-        plan = stage_plan(planned, stages, virtual, tuple(given) if given else None)
+        plan = stage_plan(planned, stages, virtual, tuple(given) if given else None, placement)
         part = columns if len(rows) == len(columns) else columns.take(rows)
         yield _evaluate_plan(system, sequence, plan, part, rows, layers)
 
@@ -150,7 +154,7 @@ def _evaluate_plan(
     )
     finish, pipe_lower, pipe_upper = _pipeline(system, plan, columns["num_micro_batches"][passes.rows], times)
     is_training = scenario.workload.kind == "training"
-    step_time_s = _step_end(system, times, finish, costs, states.inverse, passes.inverse)
+    step_time_s = _step_end(system, plan, times, finish, costs, states.inverse, passes.inverse)
     memory = _memory(system, sequence, plan, parameters, columns, states)
     after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s + costs.host_s).max(axis=0)
     flops = times.chunk.flops[times.chunk_case][passes.inverse] * columns["num_micro_batches"]
@@ -161,7 +165,7 @@ def _evaluate_plan(
         lower_s=_lower_bound(pipe_lower, passes.inverse, costs if is_training else None, states.inverse),
         upper_s=np.maximum(pipe_upper[passes.inverse] + is_training * after[states.inverse], step_time_s),
         hardware_flops=flops * columns["devices"] / columns["stages"],
-        critical_stage=stage_seconds(times, plan.stages).argmax(axis=0),
+        critical_stage=stage_seconds(times, plan).argmax(axis=0),
         finish_s=finish,
         costs=costs if is_training else None,
         data_parallel_overlap=system.stack.overlap.data_parallel,
@@ -231,6 +235,7 @@ def _chunk_times(system: System, plan: StagePlan, layers: LayerCases, cases: Int
         serial_backward_s=total("backward", "serial_s") + waiting["backward"],
         ideal_s=total("forward", "ideal_s") + total("backward", "ideal_s"),
         host_s=waiting["forward"] + waiting["backward"],
+        weight_gradient_s=total("backward", "weight_gradient_s"),
         flops=(total("forward", "flops") + total("backward", "flops")).sum(axis=0),
     )
 
@@ -264,8 +269,8 @@ def _stage_times(
     has_zero_passes = bool(costs.pass_scatter_s.any() or costs.pass_gather_s.any())
     if has_zero_passes:
         eta = system.stack.overlap.data_parallel
-        gather = _per_chunk(costs.pass_gather_s, plan)[:, state_case]
-        scatter = gather + _per_chunk(costs.pass_scatter_s, plan)[:, state_case]
+        gather = plan.per_chunk(costs.pass_gather_s)[:, state_case]
+        scatter = gather + plan.per_chunk(costs.pass_scatter_s)[:, state_case]
         scatter *= system.scenario.workload.kind == "training"
         hidden_forward = np.minimum(gather * eta, chunk.forward_s[:, used.inverse])
         hidden_backward = np.minimum(scatter * eta, chunk.backward_s[:, used.inverse])
@@ -286,11 +291,6 @@ def _stage_times(
     )
 
 
-def _per_chunk(per_stage: FloatArray, plan: StagePlan) -> FloatArray:
-    """Spread a stage's seconds evenly over its chunks."""
-    return np.tile(per_stage / plan.virtual_stages, (plan.virtual_stages, 1))
-
-
 def _hops(system: System, columns: Columns) -> FloatArray:
     order = system.scenario.parallelism.rank_order
     cases = columns.distinct(tuple(dict.fromkeys((*token_columns(system.scenario), *group_columns(order, "pipeline")))))
@@ -299,10 +299,9 @@ def _hops(system: System, columns: Columns) -> FloatArray:
     return hop_time(at_cases, context, system.hardware).modelled_s[cases.inverse]
 
 
-def stage_seconds(times: StageTimes, stages: int) -> FloatArray:
+def stage_seconds(times: StageTimes, plan: StagePlan) -> FloatArray:
     """Forward and backward of one micro-batch on each stage: (stages, n_cases)."""
-    both = times.forward_s + times.backward_s
-    return np.asarray(both.reshape(-1, stages, both.shape[1]).sum(axis=0))
+    return plan.stage_sums(times.forward_s + times.backward_s)
 
 
 def _pipeline(
@@ -311,21 +310,29 @@ def _pipeline(
     """Finish of every stage (stages, n_cases), and lower and upper bounds of the pipeline's time (n_cases,).
 
     Lower: a stage's own work at peak rates, after the first micro-batch passed the stages before it and before the last
-    returns; and the own work alone. Upper: m + p - 1 rounds of the slowest chunks with their hops, nothing overlapped.
+    returns; and the own work alone. Upper: m + p - 1 rounds of the slowest chunks with their hops, nothing overlapped;
+    schedules with weight gradients apart are run once more so, with a lower bound of the own work alone.
     """
     is_training = system.scenario.workload.kind == "training"
     schedule = system.scenario.parallelism.pipeline.schedule
     counts = np.rint(micro_batches).astype(np.int64)
     virtual = plan.virtual_stages
+    chunk, case = times.chunk, times.chunk_case
+    weights_s = chunk.weight_gradient_s[:, case]
     if is_training:
-        finish = pipeline_finish_s(schedule, virtual, counts, times.forward_s, times.backward_s, times.exposed_hop_s)
+        durations = (times.forward_s, times.backward_s, times.exposed_hop_s, weights_s)
+        finish = pipeline_finish_s(schedule, virtual, counts, *durations)
     else:
         finish = forward_finish_s(counts, times.forward_s, times.exposed_hop_s)
-    chunk, case = times.chunk, times.chunk_case
-    ideal = chunk.ideal_s.reshape(virtual, plan.stages, -1).sum(axis=0)
-    before = np.cumsum(ideal, axis=0) - ideal if virtual == 1 else ideal * 0.0
+    is_classic = schedule in CLASSIC_SCHEDULES
+    ideal = plan.stage_sums(chunk.ideal_s)
+    before = np.cumsum(ideal, axis=0) - ideal if virtual == 1 and is_classic else ideal * 0.0
     own = ideal[:, case] * micro_batches
     lower = ((own + before[:, case]).max(axis=0), own.max(axis=0))
+    if not is_classic:
+        passes = times.zero_exposed_s + times.zero_hidden_s
+        serial = [part[:, case] + passes for part in (chunk.serial_forward_s, chunk.serial_backward_s)]
+        return finish, lower, pipeline_finish_s(schedule, virtual, counts, *serial, times.hop_s, weights_s).max(axis=0)
     rounds = micro_batches + plan.stages - 1
     slowest = (chunk.serial_forward_s.max(axis=0) + chunk.serial_backward_s.max(axis=0))[case]
     if times.has_zero_passes:
@@ -336,6 +343,7 @@ def _pipeline(
 
 def _step_end(
     system: System,
+    plan: StagePlan,
     times: StageTimes,
     finish: FloatArray,
     costs: StateCosts,
@@ -345,10 +353,7 @@ def _step_end(
     """Step times (n_rows,): the last stage to end its schedule, gradient reduction, update and gather."""
     if system.scenario.workload.kind != "training":
         return np.asarray(finish.max(axis=0)[pass_case])
-    stages = len(finish)
-    forward, backward = (
-        chunks.reshape(-1, stages, chunks.shape[1]).sum(axis=0) for chunks in (times.forward_s, times.backward_s)
-    )
+    forward, backward = plan.stage_sums(times.forward_s), plan.stage_sums(times.backward_s)
     end = finish[:, pass_case]
     end += (costs.reduction_s + costs.update_gather_s + costs.optimizer_s + costs.host_s)[:, state_case]
     eta = system.stack.overlap.data_parallel

@@ -30,12 +30,13 @@ def step_end(evaluation: PlanEvaluation, row: int, stage: int) -> StepEnd:
     times, costs = evaluation.times, evaluation.costs
     if costs is None:
         return StepEnd(0.0, 0.0, 0.0, 0.0)
-    chunks, pass_case = slice(stage, None, evaluation.plan.stages), int(evaluation.pass_case[row])
+    placed, pass_case = evaluation.plan.placed, int(evaluation.pass_case[row])
+    chunks = placed.held[stage]
     at = (stage, int(evaluation.state_case[row]))
     reduction, gather = float(costs.reduction_s[at]), float(costs.update_gather_s[at])
     eta = evaluation.data_parallel_overlap
-    hidden = min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()))
-    hidden += min(gather * eta, float(times.forward_s[chunks, pass_case].sum()))
+    hidden = min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()) / placed.directions)
+    hidden += min(gather * eta, float(times.forward_s[chunks, pass_case].sum()) / placed.directions)
     return StepEnd(reduction + gather - hidden, hidden, float(costs.optimizer_s[at]), float(costs.host_s[at]))
 
 
@@ -45,28 +46,29 @@ def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[st
     Parts are those of the critical stage, times its micro-batches, and what it does after them; all else is waiting:
     transfer (at most one round trip through the stages) and bubble.
     """
-    plan, layers, times = evaluation.plan, evaluation.layers, evaluation.times
+    plan, placed = evaluation.plan, evaluation.plan.placed
+    layers, times = evaluation.layers, evaluation.times
     case, pass_case = int(evaluation.layer_case[row]), int(evaluation.pass_case[row])
     stage = int(evaluation.critical_stage[pass_case])
-    micro_batches = float(columns["num_micro_batches"][row])
+    micro_batches = float(columns["num_micro_batches"][row]) / placed.directions  # that pass each chunk held
     exposed: dict[str, float] = {}
     hidden: dict[str, float] = {}
     blocks = [(block, float(plan.stage_counts()[index, stage])) for index, block in enumerate(layers.layers)]
-    blocks += [(layers.first, float(stage == 0)), (layers.last, float(stage == plan.stages - 1))]
+    blocks += [(layers.first, float(stage in placed.stages_of(0))), (layers.last, float(stage in placed.stages_of(-1)))]
     for block, count in blocks:
         for phase in PHASES:
             for totals, parts in ((exposed, block.phase(phase).exposed_s), (hidden, block.phase(phase).hidden_s)):
                 for key, values in parts.items():
                     seconds = float(np.broadcast_to(values, layers.rows.shape)[case])
                     totals[key] = totals.get(key, 0.0) + micro_batches * count * seconds
-    chunks, end = slice(stage, None, plan.stages), step_end(evaluation, row, stage)
+    chunks, end = placed.held[stage], step_end(evaluation, row, stage)
     exposed["host"] = micro_batches * float(times.chunk.host_s[chunks, times.chunk_case[pass_case]].sum())
     exposed["host"] += end.host_s
     exposed["data_parallel"] = end.exposed_s + micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
     hidden["data_parallel"] = end.hidden_s + micro_batches * float(times.zero_hidden_s[chunks, pass_case].sum())
     exposed["optimizer"] = end.optimizer_s
     waiting = max(float(evaluation.step_time_s[row]) - sum(exposed.values()), 0.0)
-    trips = 2.0 * (plan.stages * plan.virtual_stages - 1)
+    trips = 2.0 * placed.transfers
     transfer = min(trips * float(times.exposed_hop_s[pass_case]), waiting)
     exposed["pipeline_p2p"], exposed["pipeline_bubble"] = transfer, waiting - transfer
     hidden["pipeline_p2p"] = trips * float(times.hop_s[pass_case] - times.exposed_hop_s[pass_case])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,9 +11,9 @@ import numpy as np
 from moesim.cost.host_times import expert_messages_s, host_time_s
 from moesim.cost.layer_times import COMMUNICATION_STREAMS, REPORTED_AS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
-from moesim.describe.hardware import Stack
+from moesim.describe.hardware import OverlapAchieved, Stack
 from moesim.describe.scenario import Scenario
-from moesim.structure.columns import RECOMPUTE_CODES, Columns, FloatArray, IntArray
+from moesim.structure.columns import RECOMPUTE_CODES, Columns, Distinct, FloatArray, IntArray
 from moesim.structure.layers import LayerKind, LayerSequence
 from moesim.structure.lowering import LoweringContext, token_columns
 from moesim.structure.lowering_layers import dense_part, embedding_part, head_part, token_prediction_part
@@ -30,7 +30,7 @@ class BlockPhase:
 
     ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
     peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
-    executed, ``host_s`` what the host needs to issue it.
+    executed, ``host_s`` what the host needs to issue it; ``weight_gradient_s`` of ``device_s`` a schedule may run apart.
     """
 
     exposed_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -41,6 +41,7 @@ class BlockPhase:
     ideal_s: FloatArray | float = 0.0
     flops: FloatArray | float = 0.0
     host_s: FloatArray | float = 0.0
+    weight_gradient_s: FloatArray | float = 0.0
 
     @property
     def waiting_s(self) -> FloatArray:
@@ -81,12 +82,75 @@ class LayerCases:
 Gather = Callable[[FloatArray], FloatArray]
 
 
+@dataclass(frozen=True)
+class PricedBlock:
+    """Priced tables of a layer kind or an end of the model, each with the gathering of its cases to the block's."""
+
+    name: str
+    tables: tuple[tuple[PricedTable, Gather], ...]
+    is_moe: bool = False
+    is_end: bool = False
+
+
+@dataclass(frozen=True)
+class PricedBlocks:
+    """Blocks over the distinct ``cases`` of ``columns``.
+
+    ``layers`` by kind; ``module`` is what a token-prediction module has around its layer, of kind
+    ``module_layer``, None where no step predicts more than one token.
+    """
+
+    cases: Distinct
+    columns: Columns
+    layers: tuple[PricedBlock, ...]
+    first: PricedBlock
+    last: PricedBlock
+    module: PricedBlock | None
+    module_layer: int
+
+
 def layer_case_columns(scenario: Scenario) -> tuple[str, ...]:
     """Columns that decide the time of a layer."""
     names = (*token_columns(scenario), "recompute")
     if scenario.model.moe is not None:
         names = (*moe_columns(scenario), "recompute")
     return tuple(dict.fromkeys(names))
+
+
+def priced_blocks(
+    scenario: Scenario,
+    stack: Stack,
+    sequence: LayerSequence,
+    columns: Columns,
+    hardware: Hardware,
+    load_factor: LoadFactor,
+) -> PricedBlocks:
+    """Price every table once per distinct case of what it reads."""
+    cases = columns.distinct(layer_case_columns(scenario))
+    at_cases = columns.take(cases.rows)
+    token_cases = at_cases.distinct(token_columns(scenario))
+    context = LoweringContext(scenario, stack, at_cases.take(token_cases.rows))
+
+    def gather(values: FloatArray) -> FloatArray:
+        return np.broadcast_to(values, token_cases.rows.shape)[token_cases.inverse]
+
+    layers = []
+    for kind in sequence.kinds:
+        if kind.side == "encoder" and scenario.workload.kind == "decode":
+            layers.append(PricedBlock(kind.name, ()))  # the source was encoded before
+            continue
+        tables: list[tuple[PricedTable, Gather]] = [(price_table(dense_part(context, kind), hardware), gather)]
+        if kind.is_moe:
+            tables.append(_moe_tables(scenario, stack, at_cases, kind, hardware, load_factor))
+        layers.append(PricedBlock(kind.name, tuple(tables), is_moe=kind.is_moe))
+    first = PricedBlock("first", ((price_table(embedding_part(context), hardware), gather),), is_end=True)
+    head = (price_table(head_part(context), hardware), gather)
+    last, module, module_layer = PricedBlock("last", (head,), is_end=True), None, 0
+    if sequence.mtp_layers and scenario.workload.kind == "training":
+        projection = (price_table(token_prediction_part(context), hardware), gather)
+        module = PricedBlock("mtp", (projection, head), is_end=True)
+        module_layer = sequence.kinds.index(mtp_layer_kind(sequence))
+    return PricedBlocks(cases, at_cases, tuple(layers), first, last, module, module_layer)
 
 
 def layer_cases(
@@ -98,35 +162,16 @@ def layer_cases(
     load_factor: LoadFactor,
 ) -> LayerCases:
     """Price every table once per distinct case of what it reads, then apply recompute and overlap."""
-    cases = columns.distinct(layer_case_columns(scenario))
-    at_cases = columns.take(cases.rows)
-    token_cases = at_cases.distinct(token_columns(scenario))
-    context = LoweringContext(scenario, stack, at_cases.take(token_cases.rows))
-
-    def gather(values: FloatArray) -> FloatArray:
-        return np.broadcast_to(values, token_cases.rows.shape)[token_cases.inverse]
-
-    assembler = _Assembler(stack, scenario.workload.kind == "training", at_cases["recompute"])
-    layers = []
-    for kind in sequence.kinds:
-        if kind.side == "encoder" and scenario.workload.kind == "decode":
-            layers.append(assembler.block(kind.name, []))  # the source was encoded before
-            continue
-        tables: list[tuple[PricedTable, Gather]] = [(price_table(dense_part(context, kind), hardware), gather)]
-        if kind.is_moe:
-            tables.append(_moe_tables(scenario, stack, at_cases, kind, hardware, load_factor))
-        layers.append(assembler.block(kind.name, tables, is_moe=kind.is_moe))
-    first = assembler.block("first", [(price_table(embedding_part(context), hardware), gather)], is_end=True)
-    head = price_table(head_part(context), hardware)
-    last = assembler.block("last", [(head, gather)], is_end=True)
-    if sequence.mtp_layers and scenario.workload.kind == "training":
-        projection = price_table(token_prediction_part(context), hardware)
-        module = assembler.block("mtp", [(projection, gather), (head, gather)], is_end=True)
-        inner = layers[sequence.kinds.index(mtp_layer_kind(sequence))]
+    priced = priced_blocks(scenario, stack, sequence, columns, hardware, load_factor)
+    assembler = _Assembler(stack, scenario.workload.kind == "training", priced.columns["recompute"])
+    layers = tuple(assembler.block(block) for block in priced.layers)
+    first, last, moe_modules = assembler.block(priced.first), assembler.block(priced.last), 0
+    if priced.module is not None:
+        module, inner = assembler.block(priced.module), layers[priced.module_layer]
         for _ in range(sequence.mtp_layers):
             last = _joined(_joined(last, module), inner)
-    moe_modules = sequence.mtp_layers * mtp_layer_kind(sequence).is_moe if assembler.is_training else 0
-    return LayerCases(cases.rows, cases.inverse, tuple(layers), first, last, moe_modules)
+        moe_modules = sequence.mtp_layers * inner.is_moe
+    return LayerCases(priced.cases.rows, priced.cases.inverse, layers, first, last, moe_modules)
 
 
 def _moe_tables(
@@ -160,6 +205,7 @@ def _joined(block: Block, other: Block) -> Block:
             one.ideal_s + two.ideal_s,
             one.flops + two.flops,
             one.host_s + two.host_s,
+            one.weight_gradient_s + two.weight_gradient_s,
         )
 
     name, is_moe = f"{block.name}+{other.name}", block.is_moe or other.is_moe
@@ -174,12 +220,10 @@ class _Assembler:
     is_training: bool
     recompute: FloatArray
 
-    def block(
-        self, name: str, tables: list[tuple[PricedTable, Gather]], *, is_moe: bool = False, is_end: bool = False
-    ) -> Block:
+    def block(self, priced: PricedBlock) -> Block:
         """One block; ends of the model are never recomputed."""
         forward, backward, selective = BlockPhase(), BlockPhase(), BlockPhase()
-        for table, gather in tables:
+        for table, gather in priced.tables:
             for phase, times in (
                 (forward, table.forward),
                 (backward, table.backward),
@@ -193,20 +237,15 @@ class _Assembler:
                     phase.serial_s = phase.serial_s + messages_s
         for phase in (forward, backward, selective):
             self._overlap(phase)
-        if self.is_training and not is_end:
+        if self.is_training and not priced.is_end:
             self._recompute(backward, forward, selective)
-        return Block(name, is_moe, forward, backward)
+        return Block(priced.name, priced.is_moe, forward, backward)
 
     def _overlap(self, phase: BlockPhase) -> None:
         """Hide each communication under compute, at most the share the stack achieves and the compute there is."""
         budget = sum((value for key, value in phase.exposed_s.items() if key not in COMMUNICATION_STREAMS), 0.0)
-        for stream in COMMUNICATION_STREAMS:
-            if stream not in phase.exposed_s:
-                continue
-            whole = phase.exposed_s[stream]
-            hidden = np.minimum(whole * getattr(self.stack.overlap, stream), budget)
-            phase.exposed_s[stream], phase.hidden_s[stream] = whole - hidden, hidden
-            budget = budget - hidden
+        for stream, hidden in hidden_seconds(phase.exposed_s, budget, self.stack.overlap).items():
+            phase.exposed_s[stream], phase.hidden_s[stream] = phase.exposed_s[stream] - hidden, hidden
         for stream, name in REPORTED_AS.items():
             for parts in (phase.exposed_s, phase.hidden_s):
                 if stream in parts:
@@ -228,6 +267,33 @@ class _Assembler:
             setattr(backward, attribute, getattr(backward, attribute) + repeated(attribute))
 
 
+def hidden_seconds(
+    whole_s: Mapping[str, FloatArray], budget_s: FloatArray | float, overlap: OverlapAchieved
+) -> dict[str, FloatArray]:
+    """How much of each stream's seconds hides under compute: the share the stack achieves, and at most what is left.
+
+    Parameters
+    ----------
+    whole_s : mapping of str to ndarray
+        Seconds by stream; keys that are no communication stream are left out.
+    budget_s : ndarray or float
+        Seconds of compute.
+    overlap : OverlapAchieved
+        Shares of a stack.
+
+    Returns
+    -------
+    dict
+        Hidden seconds of each communication stream there is.
+    """
+    hidden_s = {}
+    for stream in COMMUNICATION_STREAMS:
+        if stream in whole_s:
+            hidden_s[stream] = np.minimum(whole_s[stream] * getattr(overlap, stream), budget_s)
+            budget_s = budget_s - hidden_s[stream]
+    return hidden_s
+
+
 def _accumulate(phase: BlockPhase, times: PhaseTimes, gather: Gather) -> None:
     """Add one priced phase, gathered to the block's cases; communication is still all exposed."""
     zero = np.zeros(1)
@@ -240,3 +306,4 @@ def _accumulate(phase: BlockPhase, times: PhaseTimes, gather: Gather) -> None:
     for key, part in parts.items():
         phase.ideal_parts_s[key] = phase.ideal_parts_s.get(key, 0.0) + gather(zero + part)
     phase.flops = phase.flops + gather(zero + times.flops)
+    phase.weight_gradient_s = phase.weight_gradient_s + gather(zero + times.weight_gradient_s)

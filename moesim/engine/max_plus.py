@@ -11,15 +11,22 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moesim.structure.chunk_placement import chunk_placement
 from moesim.structure.columns import FloatArray, IntArray
-from moesim.structure.pipeline_schedules import Program, build_program
+from moesim.structure.pipeline_schedules import CLASSIC_SCHEDULES, Program, build_program
 
 PERIODICITY_TOLERANCE = 1e-12
 SIMULATED_PERIODS = 3
 CASES_PER_CHUNK = 2048
 
 
-def program_finish_s(program: Program, forward_s: FloatArray, backward_s: FloatArray, hop_s: FloatArray) -> FloatArray:
+def program_finish_s(
+    program: Program,
+    forward_s: FloatArray,
+    backward_s: FloatArray,
+    hop_s: FloatArray,
+    weight_gradient_s: FloatArray | None = None,
+) -> FloatArray:
     """Finish time of every node of a program.
 
     Parameters
@@ -30,19 +37,44 @@ def program_finish_s(program: Program, forward_s: FloatArray, backward_s: FloatA
         Durations of each chunk, in model order.
     hop_s : ndarray of shape (n_cases,)
         Transfer between neighbouring stages, occupying neither.
+    weight_gradient_s : ndarray of shape (stages * virtual_stages, n_cases), optional
+        Part of ``backward_s`` that a weight gradient apart takes; the input gradient takes the rest. Needed by programs
+        that have such.
 
     Returns
     -------
     ndarray of shape (n_nodes + 1, n_cases)
-        The last row is the start of the step, 0.
+        The last row is the start of the step, 0; that of a node which is not there is 0 too.
     """
     durations = np.concatenate([forward_s, backward_s])
+    if weight_gradient_s is not None:
+        durations = np.concatenate([durations, backward_s - weight_gradient_s, weight_gradient_s])
     finish = np.zeros((len(program.needs) + 1, durations.shape[1]))
     for level in program.levels:
         arrival = finish[program.needs[level]] + program.hops[level][:, None] * hop_s
         start = np.maximum(finish[program.stage_before[level]], arrival)
-        finish[level] = start + durations[program.duration_row[level]]
+        end = start + durations[program.duration_row[level]]
+        partner = program.partner[level]
+        paired = np.flatnonzero(partner < len(program.needs))
+        if len(paired):
+            end[paired] = _pair_end_s(program, finish, durations, hop_s, start[paired], level[paired])
+        finish[level] = end
     return finish
+
+
+def _pair_end_s(
+    program: Program,
+    finish: FloatArray,
+    durations: FloatArray,
+    hop_s: FloatArray,
+    start: FloatArray,
+    nodes: IntArray,
+) -> FloatArray:
+    """End of nodes that run as one with a partner: the later start, both durations."""
+    partner = program.partner[nodes]
+    arrival = finish[program.needs[partner]] + program.hops[partner][:, None] * hop_s
+    both = durations[program.duration_row[nodes]] + durations[program.duration_row[partner]]
+    return np.asarray(np.maximum(start, arrival) + both)
 
 
 def pipeline_finish_s(
@@ -52,13 +84,14 @@ def pipeline_finish_s(
     forward_s: FloatArray,
     backward_s: FloatArray,
     hop_s: FloatArray,
+    weight_gradient_s: FloatArray | None = None,
 ) -> FloatArray:
     """Time at which each stage has finished its last work.
 
     Parameters
     ----------
     schedule : str
-        ``gpipe``, ``one_f_one_b`` or ``interleaved_one_f_one_b``.
+        Any of ``pipeline_schedules.SCHEDULES``.
     virtual_stages : int
         Chunks per stage.
     micro_batches : ndarray of shape (n_cases,)
@@ -67,6 +100,8 @@ def pipeline_finish_s(
         Durations of each chunk, in model order.
     hop_s : ndarray of shape (n_cases,)
         Transfer between neighbouring stages, occupying neither.
+    weight_gradient_s : ndarray of shape (stages * virtual_stages, n_cases), optional
+        Part of ``backward_s`` that the weight gradients take, for schedules that run them apart.
 
     Returns
     -------
@@ -86,14 +121,17 @@ def pipeline_finish_s(
         return np.asarray((forward_s + backward_s) * micro_batches)
     if schedule == "gpipe":
         return gpipe_finish_s(micro_batches, forward_s, backward_s, hop_s)
+    if schedule not in CLASSIC_SCHEDULES and weight_gradient_s is None:
+        raise ValueError(f"schedule {schedule} needs the seconds of the weight gradients")
     finish = np.empty((stages, len(micro_batches)))
     for start in range(0, len(micro_batches), CASES_PER_CHUNK):
         part = slice(start, start + CASES_PER_CHUNK)
         arguments = (micro_batches[part], forward_s[:, part], backward_s[:, part], hop_s[part])
-        if virtual_stages == 1:
+        if schedule in CLASSIC_SCHEDULES and virtual_stages == 1:
             finish[:, part] = _one_f_one_b_finish_s(*arguments)
         else:
-            finish[:, part] = _interleaved_finish_s(schedule, virtual_stages, *arguments)
+            weights_s = None if weight_gradient_s is None else weight_gradient_s[:, part]
+            finish[:, part] = _unrolled_finish_s(schedule, virtual_stages, *arguments, weights_s)
     return finish
 
 
@@ -250,19 +288,21 @@ def _constant_shift(
     return high - low <= PERIODICITY_TOLERANCE * after.max(axis=0), high
 
 
-def _interleaved_finish_s(
+def _unrolled_finish_s(
     schedule: str,
     virtual_stages: int,
     micro_batches: IntArray,
     forward_s: FloatArray,
     backward_s: FloatArray,
     hop_s: FloatArray,
+    weight_gradient_s: FloatArray | None,
 ) -> FloatArray:
     stages = len(forward_s) // virtual_stages
     finish = np.empty((stages, len(micro_batches)))
     for count in np.unique(micro_batches):
         cases = np.flatnonzero(micro_batches == count)
-        arguments = (forward_s[:, cases], backward_s[:, cases], hop_s[cases])
+        weights_s = None if weight_gradient_s is None else weight_gradient_s[:, cases]
+        arguments = (forward_s[:, cases], backward_s[:, cases], hop_s[cases], weights_s)
         finish[:, cases] = _periodic_program_finish_s(schedule, virtual_stages, int(count), *arguments)
     return finish
 
@@ -274,16 +314,23 @@ def _periodic_program_finish_s(
     forward_s: FloatArray,
     backward_s: FloatArray,
     hop_s: FloatArray,
+    weight_gradient_s: FloatArray | None,
 ) -> FloatArray:
-    """Unroll a shorter step; where its last two periods of p micro-batches are alike, add the periods left out."""
+    """Unroll a shorter step; where its last two periods of p micro-batches are alike, add the periods left out.
+
+    A schedule with two directions has p micro-batches of each in a period.
+    """
     stages = len(forward_s) // virtual_stages
+    directions = chunk_placement(schedule, stages, virtual_stages).directions
+    period = stages * directions
     finish = np.empty((stages, len(hop_s)))
     open_cases = np.arange(len(hop_s))
     periods = 2 * SIMULATED_PERIODS
     while len(open_cases):
-        simulated = min(micro_batches, micro_batches % stages + periods * stages)
+        simulated = min(micro_batches, micro_batches % period + periods * period)
         program = build_program(schedule, stages, virtual_stages, simulated)
-        durations = (forward_s[:, open_cases], backward_s[:, open_cases], hop_s[open_cases])
+        weights_s = None if weight_gradient_s is None else weight_gradient_s[:, open_cases]
+        durations = (forward_s[:, open_cases], backward_s[:, open_cases], hop_s[open_cases], weights_s)
         nodes = program_finish_s(program, *durations)
         ends = nodes[program.last_of_stage]
         if simulated == micro_batches:
@@ -291,7 +338,7 @@ def _periodic_program_finish_s(
             return finish
         steady, shift = _steady_shift(program, nodes)
         done = open_cases[steady]
-        left_out = (micro_batches - simulated) // stages
+        left_out = (micro_batches - simulated) // period
         finish[:, done] = ends[:, steady] + left_out * shift[steady]
         open_cases = open_cases[~steady]
         periods *= 2
@@ -304,12 +351,12 @@ def _steady_shift(program: Program, nodes: FloatArray) -> tuple[np.ndarray[tuple
     The state of a schedule spans two groups of micro-batches (warm-up is up to (v + 1) p - 2 chunks), hence two. The
     window ends ``2 * stages`` micro-batches before the last, so that neither warm-up nor drain touches it.
     """
-    stages, micro_batches = program.stages, program.micro_batches
-    chunks = stages * program.virtual_stages
-    per_node = nodes[:-1].reshape(2, chunks, micro_batches, -1)
-    middle = micro_batches - 2 * stages
-    late = per_node[:, :, middle - 2 * stages : middle]
-    early = per_node[:, :, middle - 3 * stages : middle - stages]
-    moved = (late - early).reshape(-1, per_node.shape[-1])
+    stages, directions = program.stages, program.placement.directions
+    each = program.micro_batches // directions
+    per_node = nodes[:-1].reshape(-1, each, nodes.shape[1])
+    middle = each - 2 * stages
+    late = slice(middle - 2 * stages, middle)
+    moved = per_node[:, late] - per_node[:, middle - 3 * stages : middle - stages]
+    moved = moved[(program.stage >= 0).reshape(-1, each)[:, late]]
     low, high = moved.min(axis=0), moved.max(axis=0)
     return high - low <= PERIODICITY_TOLERANCE * nodes.max(axis=0), high

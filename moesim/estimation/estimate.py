@@ -172,7 +172,7 @@ def _parameters(system: System, evaluation: PlanEvaluation) -> Parameters:
 
 def _pipeline_answer(evaluation: PlanEvaluation, bubble_s: float, columns: Columns) -> PipelineAnswer:
     case = int(evaluation.pass_case[0])
-    per_stage = stage_seconds(evaluation.times, evaluation.plan.stages)[:, case]
+    per_stage = stage_seconds(evaluation.times, evaluation.plan)[:, case]
     critical = int(evaluation.critical_stage[case])
     busy = float(columns["num_micro_batches"][0]) * float(per_stage[critical])
     return PipelineAnswer([float(value) for value in per_stage], bubble_s / busy, critical)

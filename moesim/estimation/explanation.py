@@ -50,8 +50,8 @@ def _tables(loaded: LoadedScenario, evaluation: PlanEvaluation) -> Iterator[tupl
     system, plan, stage = loaded.system, evaluation.plan, int(evaluation.critical_stage[evaluation.pass_case[0]])
     context = LoweringContext(loaded.scenario, system.stack, loaded.columns)
     sequence = layer_sequence(loaded.scenario.model)
-    micro_batches = float(loaded.columns["num_micro_batches"][0])
-    is_last = stage == plan.stages - 1
+    micro_batches = float(loaded.columns["num_micro_batches"][0]) / plan.placed.directions
+    is_last = stage in plan.placed.stages_of(-1)
     modules = sequence.mtp_layers if is_last and loaded.scenario.workload.kind == "training" else 0
     for index, kind in enumerate(sequence.kinds):
         layers = float(plan.stage_counts()[index, stage])
@@ -60,7 +60,7 @@ def _tables(loaded: LoadedScenario, evaluation: PlanEvaluation) -> Iterator[tupl
             yield dense_part(context, kind), micro_batches * layers
             if kind.is_moe:
                 yield moe_part(context, kind, system.load_factor), micro_batches * layers
-    if stage == 0:
+    if stage in plan.placed.stages_of(0):
         yield embedding_part(context), micro_batches
     if is_last:
         yield head_part(context), micro_batches * (1 + modules)
@@ -91,7 +91,7 @@ def _step_terms(loaded: LoadedScenario, evaluation: PlanEvaluation) -> Iterator[
     case, stages = int(evaluation.pass_case[0]), evaluation.plan.stages
     stage = int(evaluation.critical_stage[case])
     end = step_end(evaluation, 0, stage)
-    busy = float(stage_seconds(evaluation.times, stages)[stage, case])
+    busy = float(stage_seconds(evaluation.times, evaluation.plan)[stage, case])
     micro_batches = float(loaded.columns["num_micro_batches"][0])
     waiting = float(evaluation.step_time_s[0]) - micro_batches * busy - end.exposed_s - end.optimizer_s
     schedule = loaded.scenario.parallelism.pipeline.schedule

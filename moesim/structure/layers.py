@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from moesim.describe.model import Model
+from moesim.structure.chunk_placement import ChunkPlacement, PlacementName, placed_chunks
 from moesim.structure.columns import FloatArray
 
 Side = Literal["encoder", "decoder"]
@@ -106,23 +107,48 @@ def layers_per_chunk_before_prediction(num_layers: int, num_chunks: int, mtp_lay
 class StagePlan:
     """Layers of each kind in each chunk of the pipeline.
 
-    ``counts[kind, chunk]`` with chunks in model order; chunk c runs on stage c modulo ``stages``. Embedding belongs to
+    ``counts[kind, chunk]`` with chunks in model order; ``placed`` says which stage holds which. Embedding belongs to
     the first chunk; head, loss and multi-token prediction to the last.
     """
 
     stages: int
     virtual_stages: int
     counts: FloatArray
+    placement: PlacementName = "loop"
+
+    @property
+    def placed(self) -> ChunkPlacement:
+        """Chunks on the stages."""
+        return placed_chunks(self.placement, self.stages, self.virtual_stages)
 
     def stage_counts(self) -> FloatArray:
-        """Layers of each kind on each stage, shape (n_kinds, stages)."""
-        n_kinds = self.counts.shape[0]
-        return np.asarray(self.counts.reshape(n_kinds, self.virtual_stages, self.stages).sum(axis=1))
+        """Layers of each kind that each stage holds, shape (n_kinds, stages)."""
+        return np.asarray(self.counts[:, self.placed.held].sum(axis=2))
+
+    def stage_sums(self, per_chunk: FloatArray) -> FloatArray:
+        """Sum what one micro-batch needs of each chunk (chunks, n_cases) over stages: (stages, n_cases).
+
+        With two directions, each takes half of the micro-batches: the mean of both.
+        """
+        held = self.placed.held
+        total = per_chunk[held[:, 0]]
+        for local in range(1, held.shape[1]):  # in turn: NumPy's own sum rounds differently by shape
+            total = total + per_chunk[held[:, local]]
+        return np.asarray(total / self.placed.directions)
+
+    def per_chunk(self, per_stage: FloatArray) -> FloatArray:
+        """Spread what a stage needs for the chunks it holds (stages, n_cases) evenly over them: (chunks, n_cases)."""
+        shares = per_stage / self.placed.held.shape[1]
+        return np.asarray(shares[self.placed.stage_of].mean(axis=0))
 
 
 @lru_cache(maxsize=1024)
 def stage_plan(
-    sequence: LayerSequence, stages: int, virtual_stages: int, layers_per_stage: tuple[int, ...] | None = None
+    sequence: LayerSequence,
+    stages: int,
+    virtual_stages: int,
+    layers_per_stage: tuple[int, ...] | None = None,
+    placement: PlacementName = "loop",
 ) -> StagePlan:
     """Assign layers to chunks: as ``layers_per_stage`` says (spread evenly over a stage's chunks), or evenly.
 
@@ -132,22 +158,24 @@ def stage_plan(
     if layers_per_stage is None and sequence.mtp_layers and layers % chunks:
         per_chunk = layers_per_chunk_before_prediction(layers, chunks, sequence.mtp_layers)
     else:
-        per_chunk = _layers_per_chunk(layers, stages, virtual_stages, layers_per_stage)
+        placed = placed_chunks(placement, stages, virtual_stages)
+        per_chunk = _layers_per_chunk(layers, placed, layers_per_stage)
     counts = np.zeros((len(sequence.kinds), stages * virtual_stages))
     position = 0
     for chunk, layers in enumerate(per_chunk):
         for kind in sequence.order[position : position + layers]:
             counts[kind, chunk] += 1
         position += layers
-    return StagePlan(stages, virtual_stages, counts)
+    return StagePlan(stages, virtual_stages, counts, placement)
 
 
 def _layers_per_chunk(
-    num_layers: int, stages: int, virtual_stages: int, layers_per_stage: Sequence[int] | None
+    num_layers: int, placed: ChunkPlacement, layers_per_stage: Sequence[int] | None
 ) -> tuple[int, ...]:
     if layers_per_stage is None:
-        return even_layers_per_chunk(num_layers, stages * virtual_stages)
-    if virtual_stages == 1:
-        return tuple(layers_per_stage)
+        return even_layers_per_chunk(num_layers, placed.chunks)
+    virtual_stages = placed.chunks // len(placed.held)
     shares = [even_layers_per_chunk(layers, virtual_stages) for layers in layers_per_stage]
-    return tuple(shares[stage][chunk] for chunk in range(virtual_stages) for stage in range(stages))
+    return tuple(
+        shares[stage][local] for stage, local in zip(placed.stage_of[0], placed.local_of[0], strict=True)
+    )

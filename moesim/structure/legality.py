@@ -11,8 +11,10 @@ import numpy.typing as npt
 from moesim.describe.hardware import Cluster
 from moesim.describe.model import GroupedQueryAttention
 from moesim.describe.scenario import DEFAULT_RANK_ORDER, Scenario
+from moesim.structure.chunk_placement import FOLDED_SCHEDULES
 from moesim.structure.columns import AUTO_DEGREE, WHOLE_RANK_GROUP, Columns, FloatArray
 from moesim.structure.layers import layer_sequence
+from moesim.structure.pipeline_schedules import CLASSIC_SCHEDULES
 from moesim.structure.placement import MESH_COLUMN, dense_mesh, expert_mesh
 
 MAX_MICRO_BATCHES = 10_000_000
@@ -240,23 +242,68 @@ def _pipeline_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
             + f"{num_layers} layers",
             "give one entry per stage, summing to the number of layers, or leave it out",
         )
-    interleaved = pipeline.schedule == "interleaved_one_f_one_b"
-    yield Rule(
-        "virtual_stages_need_interleaving",
-        "E-SCN-011",
-        "parallelism.pipeline.virtual_stages",
-        (columns["virtual_stages"] > 1) & (not interleaved),
-        "virtual_stages {virtual_stages} with schedule " + pipeline.schedule,
-        "use schedule: interleaved_one_f_one_b, or virtual_stages: 1",
-    )
-    yield Rule(
-        "interleaving_not_divisible",
-        "E-SCN-004",
-        "parallelism.pipeline.schedule",
-        (columns["virtual_stages"] > 1) & ~_divides(columns["num_micro_batches"], columns["stages"]),
-        "interleaving needs micro-batches ({num_micro_batches}) in multiples of the stages ({stages})",
-        "change sequences_per_step or sequences_per_micro_batch",
-    )
+    yield from _schedule_rules(pipeline.schedule, columns)
+
+
+def _schedule_rules(schedule: str, columns: Columns) -> Iterator[Rule]:
+    """What a schedule asks of chunks, stages and micro-batches."""
+    virtual, micro_batches, stages = columns["virtual_stages"], columns["num_micro_batches"], columns["stages"]
+    more_batches = "change sequences_per_step or sequences_per_micro_batch"
+    is_interleaved = schedule == "interleaved_one_f_one_b"
+    if schedule in FOLDED_SCHEDULES:
+        yield Rule(
+            "schedule_needs_two_chunks",
+            "E-SCN-011",
+            "parallelism.pipeline.virtual_stages",
+            virtual != 2,
+            f"schedule {schedule} lays two chunks per stage in a V, and virtual_stages is " + "{virtual_stages}",
+            "use virtual_stages: 2",
+        )
+    else:
+        yield Rule(
+            "virtual_stages_need_interleaving",
+            "E-SCN-011",
+            "parallelism.pipeline.virtual_stages",
+            (virtual > 1) & (not is_interleaved),
+            "virtual_stages {virtual_stages} with schedule " + schedule,
+            "use schedule: interleaved_one_f_one_b, or virtual_stages: 1",
+        )
+    if schedule in CLASSIC_SCHEDULES:
+        yield Rule(
+            "interleaving_not_divisible",
+            "E-SCN-004",
+            "parallelism.pipeline.schedule",
+            (virtual > 1) & ~_divides(micro_batches, stages),
+            "interleaving needs micro-batches ({num_micro_batches}) in multiples of the stages ({stages})",
+            more_batches,
+        )
+    if schedule == "dualpipe":
+        yield Rule(
+            "dualpipe_needs_even_stages",
+            "E-SCN-004",
+            "parallelism.pipeline.stages",
+            ~_divides(stages, np.full(len(columns), 2.0)),
+            "dualpipe mirrors one half of the stages in the other, and there are {stages}",
+            "choose an even number of stages, or dualpipe_v",
+        )
+        yield Rule(
+            "dualpipe_needs_even_micro_batches",
+            "E-SCN-004",
+            "parallelism.pipeline.schedule",
+            ~_divides(micro_batches, np.full(len(columns), 2.0)),
+            "dualpipe sends half of the micro-batches each way, and there are {num_micro_batches}",
+            more_batches,
+        )
+    if schedule in ("dualpipe", "dualpipe_v"):
+        yield Rule(
+            "dualpipe_needs_micro_batches",
+            "E-SCN-011",
+            "parallelism.pipeline.schedule",
+            micro_batches < 2 * stages,
+            f"{schedule} needs at least two micro-batches per stage to fill both ways, and "
+            + "{num_micro_batches} micro-batches are fewer than 2 x {stages}",
+            "use fewer stages or more micro-batches per step",
+        )
 
 
 def _expert_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:

@@ -44,7 +44,10 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters and parameter tensors per stage before sharding, by sharding: each of shape (stages,)."""
+    """Parameters and parameter tensors per stage before sharding, by sharding: each of shape (stages,).
+
+    ``copies`` of the model that one pipeline holds; stages count all they hold.
+    """
 
     tensor: FloatArray
     replicated: FloatArray
@@ -54,6 +57,7 @@ class StageParameters:
     expert_factored: FloatArray
     tensors: FloatArray
     expert_tensors: FloatArray
+    copies: int = 1
 
 
 def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePlan) -> StageParameters:
@@ -65,12 +69,14 @@ def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePla
     layers = [sharded_sizes(layer_matrices(model, kind)) for kind in sequence.kinds]
     counts = plan.stage_counts()
     first, last = embedding_matrices(model), head_matrices(model)
-    if (model.tied_embeddings or model.mtp_layers) and plan.stages > 1:
+    placed = plan.placed
+    if (model.tied_embeddings or model.mtp_layers) and placed.stages_of(0) != placed.stages_of(-1):
         last = last + embedding_matrices(model)
     last = last + mtp_matrices(model, mtp_layer_kind(sequence)) * model.mtp_layers
-    ends = {0: [sharded_sizes(first)], plan.stages - 1: [sharded_sizes(last)]}
-    if plan.stages == 1:
-        ends = {0: [sharded_sizes(first), sharded_sizes(last)]}
+    ends: dict[int, list[ShardedSizes]] = {stage: [] for stage in range(plan.stages)}
+    for chunk, end in ((0, first), (-1, last)):
+        for stage in placed.stages_of(chunk):
+            ends[stage].append(sharded_sizes(end))
 
     def per_stage(attribute: str) -> FloatArray:
         total = np.zeros(plan.stages)
@@ -80,7 +86,7 @@ def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePla
             total[stage] += sum(getattr(size, attribute) for size in sizes)
         return total
 
-    return StageParameters(*(per_stage(name) for name in ShardedSizes.__dataclass_fields__))
+    return StageParameters(*(per_stage(name) for name in ShardedSizes.__dataclass_fields__), copies=placed.directions)
 
 
 def local_parameters(context: LoweringContext, stages: StageParameters) -> tuple[FloatArray, FloatArray]:
@@ -330,7 +336,8 @@ def _training_activations(
     if schedule == "gpipe":  # every micro-batch's loss waits for its backward pass
         logits = logits * in_flight[-1]
     last = sequence.kinds.index(mtp_layer_kind(sequence))
-    activations[-1] += logits * (1 + model.mtp_layers) + kept[last] * model.mtp_layers
+    for stage in plan.placed.stages_of(-1):
+        activations[stage] += logits * (1 + model.mtp_layers) + kept[last] * model.mtp_layers
     return np.asarray(activations, dtype=np.float64)
 
 

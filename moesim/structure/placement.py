@@ -26,10 +26,14 @@ MESH_COLUMN: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Ranks ``r, r + stride, ..., r + (size - 1) * stride``; arrays of shape (n_cases,)."""
+    """Ranks ``r, r + stride, ..., r + (size - 1) * stride``; arrays of shape (n_cases,).
+
+    ``dimension`` is the mesh dimension in which they differ, empty where it is none of them.
+    """
 
     size: FloatArray
     stride: FloatArray
+    dimension: str = ""
 
 
 def dense_mesh(rank_order: Sequence[str]) -> tuple[str, ...]:
@@ -55,7 +59,7 @@ def process_group(columns: Columns, rank_order: Sequence[str], dimension: str) -
     stride = np.ones(len(columns))
     for name in names[:-1]:
         stride = stride * columns[name]
-    return ProcessGroup(columns[names[-1]], stride)
+    return ProcessGroup(columns[names[-1]], stride, dimension)
 
 
 def gradient_group(columns: Columns, rank_order: Sequence[str]) -> ProcessGroup:
