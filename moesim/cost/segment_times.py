@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moesim.cost.operators import Hardware, loaded_gemm, price_all
+from moesim.cost.operators import Hardware, OperationCost, loaded_gemm, price_all
 from moesim.describe.hardware import CommunicationKernels
 from moesim.structure.columns import FloatArray
 from moesim.structure.overlap_programs import MOVED, Segment, segment_shares
@@ -23,13 +23,13 @@ IMBALANCE = "imbalance"
 
 
 def segment_times(
-    operations: Sequence[Operation], hardware: Hardware, *, is_backward: bool, chunks: int = 1
+    priced: Sequence[tuple[Operation, OperationCost]], hardware: Hardware, *, is_backward: bool, chunks: int = 1
 ) -> SegmentParts:
     """Seconds of one part of each segment of a table.
 
     Parameters
     ----------
-    operations : sequence of Operation
+    priced : sequence of tuple of Operation and OperationCost
         Those of one table, all phases.
     hardware : Hardware
         Rates.
@@ -43,24 +43,31 @@ def segment_times(
     dict of tuple to ndarray of shape (n_cases,)
         By segment and stream, where there is anything.
     """
-    shares = segment_shares(operations, is_backward=is_backward)
-    kept = [(operation, share) for operation, share in zip(operations, shares, strict=True) if share]
-    costs = price_all([_part_of(operation, share, chunks) for operation, share in kept], hardware)
+    shares = segment_shares([operation for operation, _ in priced], is_backward=is_backward)
+    kept = [(*pair, share) for pair, share in zip(priced, shares, strict=True) if share]
+    if chunks > 1:
+        moved = [MOVED.issuperset(share) for _, _, share in kept]
+        parts = [_part_of(operation, chunks) for (operation, _, _), moves in zip(kept, moved, strict=True) if moves]
+        costs = iter(price_all(parts, hardware))
+        kept = [
+            (operation, next(costs) if moves else cost, share)
+            for (operation, cost, share), moves in zip(kept, moved, strict=True)
+        ]
     seconds: SegmentParts = {}
-    for (operation, share), cost in zip(kept, costs, strict=True):
+    for operation, cost, share in kept:
         for segment, part in share.items():
-            key = (segment, operation.stream)
-            seconds[key] = seconds.get(key, 0.0) + part * cost.time_s
+            _add(seconds, (segment, operation.stream), part * cost.time_s)
             if operation.load_factor is not None:
-                extra = (segment, IMBALANCE)
-                seconds[extra] = seconds.get(extra, 0.0) + part * cost.extra_s
+                _add(seconds, (segment, IMBALANCE), part * cost.extra_s)
     return seconds
 
 
-def _part_of(operation: Operation, share: dict[Segment, float], chunks: int) -> Operation:
-    """An operation on one chunk of the routed rows, or as it is where it does not work on them."""
-    if chunks == 1 or not MOVED.issuperset(share):
-        return operation
+def _add(seconds: SegmentParts, key: tuple[Segment, str], value: FloatArray) -> None:
+    seconds[key] = np.add(seconds.get(key, 0.0), value)
+
+
+def _part_of(operation: Operation, chunks: int) -> Operation:
+    """An operation on one chunk of the routed rows."""
     return replace(operation, work=_scaled(operation.work, 1.0 / chunks))
 
 
@@ -75,41 +82,39 @@ def _scaled(work: Work, factor: float) -> Work:
 
 
 def exchange_loss(
-    operations: Sequence[Operation], hardware: Hardware, kernels: CommunicationKernels | None, compute_units: float
+    priced: Sequence[tuple[Operation, OperationCost]], hardware: Hardware, kernels: CommunicationKernels | None
 ) -> FloatArray:
     """Part of its speed that computing loses while an all-to-all runs, (n_cases,).
 
     Parameters
     ----------
-    operations : sequence of Operation
-        Whose first all-to-all counts.
+    priced : sequence of tuple of Operation and OperationCost
+        Those of one table; its first all-to-all counts.
     hardware : Hardware
         Rates.
     kernels : CommunicationKernels or None
         What the stack's kernels take; None: nothing.
-    compute_units : float
-        Those of the device.
 
     Notes
     -----
     max(n/N, passes b/B): n of N compute units; every byte sent at b bytes/s is read or written in memory ``passes``
     times, of B bytes/s.
     """
-    exchange = next((operation for operation in operations if operation.stream == "all_to_all"), None)
-    if kernels is None or exchange is None or not isinstance(exchange.work, Collective):
+    exchanges = [(one.work, cost) for one, cost in priced if one.stream == "all_to_all"]
+    if kernels is None or not exchanges:
         return np.zeros(1)
-    units = kernels.all_to_all_units.value / compute_units if kernels.all_to_all_units else 0.0
+    work, cost = exchanges[0]
+    assert isinstance(work, Collective)
+    units = kernels.all_to_all_units.value / hardware.device.compute_units if kernels.all_to_all_units else 0.0
     passes = kernels.memory_passes.value if kernels.memory_passes else 0.0
-    (cost,) = price_all([exchange], hardware)
-    size = exchange.work.group.size
-    sent = exchange.work.num_bytes * (size - 1.0) / np.maximum(size, 1.0)
+    sent = work.num_bytes * (work.group.size - 1.0) / np.maximum(work.group.size, 1.0)
     rate = np.divide(sent, cost.time_s, out=np.zeros_like(cost.time_s), where=cost.time_s > 0)
     lost = np.maximum(units, passes * rate / hardware.device.memory_bandwidth)
     return np.minimum(lost, MOST_LOSS) * (cost.time_s > 0)
 
 
-def reduction_loss(kernels: CommunicationKernels | None, compute_units: float) -> float:
+def reduction_loss(hardware: Hardware, kernels: CommunicationKernels | None) -> float:
     """Part of its speed that computing loses while gradients or parameters travel: n of N compute units."""
     if kernels is None or kernels.reduction_units is None:
         return 0.0
-    return min(kernels.reduction_units.value / compute_units, MOST_LOSS)
+    return min(kernels.reduction_units.value / hardware.device.compute_units, MOST_LOSS)

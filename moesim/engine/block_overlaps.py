@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.cost.layer_times import REPORTED_AS
+from moesim.cost.layer_times import REPORTED_AS, PricedTable
 from moesim.cost.operators import Hardware
 from moesim.cost.segment_times import exchange_loss, segment_times
 from moesim.describe.hardware import Stack
@@ -15,9 +15,8 @@ from moesim.describe.overlap import Overlap
 from moesim.engine.overlaps import BlockOverlap, interleaved_block, overlapped_block
 from moesim.structure.columns import FloatArray
 from moesim.structure.overlap_programs import Segment
-from moesim.structure.step_graph import OperationTable
 
-LoweredTable = tuple[OperationTable, Callable[[FloatArray], FloatArray]]
+GatheredTable = tuple[PricedTable, Callable[[FloatArray], FloatArray]]
 """A table, and what gathers an array over its cases to those of the block."""
 AUTO_DEGREES = (1, 2, 4, 8, 16)
 """Numbers of chunks among which ``auto`` chooses."""
@@ -38,7 +37,7 @@ class Totals:
         name = REPORTED_AS.get(stream, stream)
         exposed, hidden = self.exposed_s.get(name, 0.0), self.hidden_s.get(name, 0.0)
         whole = np.asarray(exposed + hidden)
-        return np.divide(exposed, whole, out=np.ones_like(whole), where=whole > 0)
+        return np.asarray(np.divide(exposed, whole, out=np.ones_like(whole), where=whole > 0))
 
     @property
     def compute_s(self) -> FloatArray:
@@ -74,14 +73,14 @@ class BlockMechanisms:
         Rates.
     loss : ndarray of shape (n_cases,) or float
         Part of its speed that computing loses beside an exchange.
-    tables : sequence of LoweredTable
-        Operations of the block.
+    tables : sequence of GatheredTable
+        Priced operations of the block.
     """
 
     overlap: Overlap
     hardware: Hardware
     loss: FloatArray | float
-    tables: Sequence[LoweredTable]
+    tables: Sequence[GatheredTable]
 
     def phases(self, forward: Totals, backward: Totals | None) -> tuple[Totals, Totals | None]:
         """Both phases of the block; ``backward`` None where there is none."""
@@ -149,9 +148,8 @@ def _stretch(found: BlockOverlap, phases: Sequence[Totals]) -> FloatArray:
     return np.divide(busy_s, compute_s, out=np.ones_like(busy_s + compute_s), where=compute_s > 0)
 
 
-
 def block_mechanisms(
-    overlap: Overlap, stack: Stack, hardware: Hardware, compute_units: float, tables: Sequence[LoweredTable]
+    overlap: Overlap, stack: Stack, hardware: Hardware, tables: Sequence[GatheredTable]
 ) -> BlockMechanisms:
     """Mechanisms of a block whose last table holds the MoE operations.
 
@@ -163,11 +161,9 @@ def block_mechanisms(
         Whose communication kernels run.
     hardware : Hardware
         Rates.
-    compute_units : float
-        Those of the device.
-    tables : sequence of LoweredTable
-        Operations of the block.
+    tables : sequence of GatheredTable
+        Priced operations of the block.
     """
     table, gather = tables[-1]
-    loss = gather(exchange_loss(table.operations, hardware, stack.communication_kernels, compute_units))
+    loss = gather(exchange_loss(table.operations, hardware, stack.communication_kernels))
     return BlockMechanisms(overlap, hardware, loss, tables)

@@ -12,7 +12,9 @@ from moesim.cost.host_times import expert_messages_s, host_time_s
 from moesim.cost.layer_times import COMMUNICATION_STREAMS, REPORTED_AS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import OverlapAchieved, Stack
+from moesim.describe.overlap import Overlap
 from moesim.describe.scenario import Scenario
+from moesim.engine.block_overlaps import Totals, block_mechanisms
 from moesim.structure.columns import RECOMPUTE_CODES, Columns, Distinct, FloatArray, IntArray
 from moesim.structure.layers import LayerKind, LayerSequence
 from moesim.structure.lowering import LoweringContext, token_columns
@@ -163,7 +165,8 @@ def layer_cases(
 ) -> LayerCases:
     """Price every table once per distinct case of what it reads, then apply recompute and overlap."""
     priced = priced_blocks(scenario, stack, sequence, columns, hardware, load_factor)
-    assembler = _Assembler(stack, scenario.workload.kind == "training", priced.columns["recompute"])
+    is_training = scenario.workload.kind == "training"
+    assembler = _Assembler(stack, is_training, priced.columns["recompute"], scenario.overlap, hardware)
     layers = tuple(assembler.block(block) for block in priced.layers)
     first, last, moe_modules = assembler.block(priced.first), assembler.block(priced.last), 0
     if priced.module is not None:
@@ -219,6 +222,8 @@ class _Assembler:
     stack: Stack
     is_training: bool
     recompute: FloatArray
+    overlap: Overlap
+    hardware: Hardware
 
     def block(self, priced: PricedBlock) -> Block:
         """One block; ends of the model are never recomputed."""
@@ -237,6 +242,8 @@ class _Assembler:
                     phase.serial_s = phase.serial_s + messages_s
         for phase in (forward, backward, selective):
             self._overlap(phase)
+        if priced.is_moe and self.overlap.is_in_blocks:
+            self._run_mechanisms(priced, forward, backward)
         if self.is_training and not priced.is_end:
             self._recompute(backward, forward, selective)
         return Block(priced.name, priced.is_moe, forward, backward)
@@ -253,6 +260,18 @@ class _Assembler:
         phase.device_s = sum(phase.exposed_s.values(), 0.0)
         if phase.ideal_parts_s:
             phase.ideal_s = np.maximum.reduce(list(phase.ideal_parts_s.values()))
+
+    def _run_mechanisms(self, priced: PricedBlock, forward: BlockPhase, backward: BlockPhase) -> None:
+        """Replace what the stack achieves by what the run's mechanisms do."""
+        phases = [forward, backward] if self.is_training else [forward]
+        before = [Totals(phase.exposed_s, phase.hidden_s) for phase in phases]
+        block = block_mechanisms(self.overlap, self.stack, self.hardware, priced.tables)
+        after = block.phases(before[0], before[1] if self.is_training else None)
+        for phase, totals in zip(phases, after, strict=False):
+            assert totals is not None
+            phase.exposed_s, phase.hidden_s = dict(totals.exposed_s), dict(totals.hidden_s)
+            phase.device_s = sum(phase.exposed_s.values(), 0.0)
+            phase.weight_gradient_s = np.minimum(phase.weight_gradient_s, phase.device_s)
 
     def _recompute(self, backward: BlockPhase, forward: BlockPhase, selective: BlockPhase) -> None:
         full = (self.recompute == RECOMPUTE_CODES["full"]).astype(np.float64)

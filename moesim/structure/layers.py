@@ -176,6 +176,4 @@ def _layers_per_chunk(
         return even_layers_per_chunk(num_layers, placed.chunks)
     virtual_stages = placed.chunks // len(placed.held)
     shares = [even_layers_per_chunk(layers, virtual_stages) for layers in layers_per_stage]
-    return tuple(
-        shares[stage][local] for stage, local in zip(placed.stage_of[0], placed.local_of[0], strict=True)
-    )
+    return tuple(shares[stage][local] for stage, local in zip(placed.stage_of[0], placed.local_of[0], strict=True))

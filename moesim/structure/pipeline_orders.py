@@ -108,7 +108,9 @@ def dual_pipe_order(stage: int, stages: int, micro_batches: int) -> StageOrder:
 def dual_pipe_rounds(stage: int, stages: int, micro_batches: int) -> Rounds:
     """Rounds of DualPipe; chunk 0 is of the direction that enters nearer. Raises as ``dual_pipe_order``."""
     if stages % 2 or micro_batches % 2 or micro_batches < 2 * stages:
-        raise ValueError(f"dualpipe takes even stages ({stages}) and even micro-batches ({micro_batches}) >= 2 x stages")
+        raise ValueError(
+            f"dualpipe takes even stages ({stages}) and even micro-batches ({micro_batches}) >= 2 x stages"
+        )
     return _dual_rounds(min(stage, stages - 1 - stage), stages // 2, micro_batches // 2)
 
 

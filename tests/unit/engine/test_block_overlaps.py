@@ -1,0 +1,115 @@
+"""MoE blocks of whole steps under explicit overlap: the same laws whatever the scenario."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+from random_scenarios import loaded, random_document, shipped_library, with_fields
+
+from moesim.describe.hardware import CommunicationKernels
+from moesim.errors import ScenarioError
+from moesim.estimation.estimate import estimate_loaded
+from moesim.estimation.loading import LoadedScenario, load
+from moesim.estimation.step_estimate import StepEstimate
+
+SHIPPED = ("deepseek_v3", "mixtral_8x7b", "m6t_1t_v100x480", "switch_base", "qwen3_30b_a3b")
+SEEDS = [seed for seed in range(60) if random_document(seed)["model"].get("moe")]
+
+
+@lru_cache
+def answer(name: str, *overlap: str) -> StepEstimate:
+    return estimate_loaded(load(name, assignments=list(overlap), library=shipped_library()))
+
+
+def random_answer(seed: int, **overlap: object) -> StepEstimate:
+    return estimate_loaded(loaded(with_fields(random_document(seed), {"overlap": overlap})))
+
+
+def without_kernels(scenario: LoadedScenario) -> LoadedScenario:
+    """The same where communication kernels take no compute units."""
+    stack = scenario.system.stack.model_copy(update={"communication_kernels": CommunicationKernels()})
+    return replace(scenario, system=replace(scenario.system, stack=stack))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_one_chunk_is_a_stack_that_hides_no_all_to_all(name):
+    exposed = answer(name, "stack_options.overlaps_expert_communication=false")
+    one = answer(name, "overlap.expert_chunks=1")
+    assert one.step_time_s == pytest.approx(exposed.step_time_s, rel=1e-9)
+    for category, parts in one.to_json()["breakdown_s"].items():
+        assert parts["exposed"] == pytest.approx(exposed.to_json()["breakdown_s"][category]["exposed"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_one_chunk_is_a_stack_that_hides_nothing_in_random_scenarios():
+    for seed in SEEDS:
+        plain = with_fields(random_document(seed), {"stack_options": {"overlaps_expert_communication": False}})
+        exposed = estimate_loaded(loaded(plain))
+        assert random_answer(seed, expert_chunks=1).step_time_s == pytest.approx(exposed.step_time_s, rel=1e-9), seed
+
+
+@pytest.mark.slow
+def test_parts_of_random_scenarios_sum_to_the_step_and_none_beats_the_lower_bound():
+    for seed in SEEDS:
+        for overlap in ({"expert_chunks": "auto"}, {"two_micro_batches": True}):
+            try:
+                found = random_answer(seed, **overlap)
+            except ScenarioError as error:
+                assert "two_micro_batches" in str(error), seed
+                continue
+            parts = found.to_json()["breakdown_s"]
+            assert sum(part["exposed"] for part in parts.values()) == pytest.approx(found.step_time_s, rel=1e-9), seed
+            assert found.lower_s <= found.step_time_s * (1 + 1e-9), seed
+            assert all(part["hidden"] >= 0 and part["exposed"] >= 0 for part in parts.values()), seed
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_auto_is_at_least_as_fast_as_any_degree(name):
+    auto = answer(name, "overlap.expert_chunks=auto").step_time_s
+    degrees = [answer(name, f"overlap.expert_chunks={degree}").step_time_s for degree in (1, 2, 4, 8)]
+    assert auto <= min(degrees) * (1 + 1e-9)
+    assert auto < max(degrees)
+
+
+def test_two_micro_batches_hide_most_of_the_exchanges_of_deepseek_v3():
+    """As its report says: nearly all of it, beside 20 of 132 SMs."""
+    parts = answer("deepseek_v3", "overlap.two_micro_batches=true", "overlap.shared_experts=true")
+    exchanges = parts.to_json()["breakdown_s"]["all_to_all"]
+    assert exchanges["hidden"] > 10 * exchanges["exposed"]
+    assert parts.step_time_s < answer("deepseek_v3", "overlap.expert_chunks=1").step_time_s
+
+
+def test_kernels_that_take_no_compute_units_slow_nothing():
+    scenario = load("deepseek_v3", assignments=["overlap.two_micro_batches=true"], library=shipped_library())
+    free, slowed = estimate_loaded(without_kernels(scenario)), answer("deepseek_v3", "overlap.two_micro_batches=true")
+    gemm = [found.to_json()["breakdown_s"]["expert_gemm"]["exposed"] for found in (free, slowed)]
+    plain = answer("deepseek_v3").to_json()["breakdown_s"]["expert_gemm"]["exposed"]
+    assert gemm[0] == pytest.approx(plain, rel=1e-9)
+    assert plain * 1.05 < gemm[1] < plain / (1 - 20 / 132)
+    assert free.step_time_s < slowed.step_time_s
+
+
+@pytest.mark.parametrize(
+    ("name", "assignments", "field"),
+    [
+        ("mixtral_8x7b", ["overlap.shared_experts=true"], "overlap.shared_experts"),
+        ("t5_base", ["overlap.expert_chunks=2"], "overlap.expert_chunks"),
+        ("deepseek_v3", ["overlap.expert_chunks=2", "overlap.two_micro_batches=true"], "overlap.expert_chunks"),
+        (
+            "deepseek_v3",
+            ["overlap.expert_chunks=2", "stack_options.overlaps_expert_communication=true"],
+            "stack_options.overlaps_expert_communication",
+        ),
+        ("deepseek_v3", ["workload.kind=prefill", "overlap.gradient_bucket=25 MB"], "overlap.gradient_bucket"),
+        ("m6t_1t_v100x480", ["overlap.two_micro_batches=true"], "overlap.two_micro_batches"),
+        ("mixtral_8x7b", ["overlap.prefetch=true"], "overlap.prefetch"),
+        ("deepseek_v3", ["overlap.expert_chunks=0"], "overlap.expert_chunks"),
+        ("deepseek_v3", ["overlap.gradient_bucket=25"], "overlap.gradient_bucket"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_with_the_field(name, assignments, field):
+    with pytest.raises(ScenarioError) as caught:
+        load(name, assignments=assignments, library=shipped_library())
+    assert field in [problem.field for problem in caught.value.problems]
