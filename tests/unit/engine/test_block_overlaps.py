@@ -15,7 +15,7 @@ from moesim.estimation.loading import LoadedScenario, load
 from moesim.estimation.step_estimate import StepEstimate
 
 SHIPPED = ("deepseek_v3", "mixtral_8x7b", "m6t_1t_v100x480", "switch_base", "qwen3_30b_a3b")
-SEEDS = [seed for seed in range(60) if random_document(seed)["model"].get("moe")]
+MOE = [seed for seed in range(60) if random_document(seed)["model"].get("moe")]
 
 
 @lru_cache
@@ -25,6 +25,10 @@ def answer(name: str, *overlap: str) -> StepEstimate:
 
 def random_answer(seed: int, **overlap: object) -> StepEstimate:
     return estimate_loaded(loaded(with_fields(random_document(seed), {"overlap": overlap})))
+
+
+def has_two_micro_batches(seed: int) -> bool:
+    return bool(loaded(random_document(seed)).columns["num_micro_batches"][0] >= 2)
 
 
 def without_kernels(scenario: LoadedScenario) -> LoadedScenario:
@@ -44,7 +48,7 @@ def test_one_chunk_is_a_stack_that_hides_no_all_to_all(name):
 
 @pytest.mark.slow
 def test_one_chunk_is_a_stack_that_hides_nothing_in_random_scenarios():
-    for seed in SEEDS:
+    for seed in MOE:
         plain = with_fields(random_document(seed), {"stack_options": {"overlaps_expert_communication": False}})
         exposed = estimate_loaded(loaded(plain))
         assert random_answer(seed, expert_chunks=1).step_time_s == pytest.approx(exposed.step_time_s, rel=1e-9), seed
@@ -52,17 +56,15 @@ def test_one_chunk_is_a_stack_that_hides_nothing_in_random_scenarios():
 
 @pytest.mark.slow
 def test_parts_of_random_scenarios_sum_to_the_step_and_none_beats_the_lower_bound():
-    for seed in SEEDS:
-        for overlap in ({"expert_chunks": "auto"}, {"two_micro_batches": True}):
-            try:
-                found = random_answer(seed, **overlap)
-            except ScenarioError as error:
-                assert "two_micro_batches" in str(error), seed
-                continue
-            parts = found.to_json()["breakdown_s"]
-            assert sum(part["exposed"] for part in parts.values()) == pytest.approx(found.step_time_s, rel=1e-9), seed
-            assert found.lower_s <= found.step_time_s * (1 + 1e-9), seed
-            assert all(part["hidden"] >= 0 and part["exposed"] >= 0 for part in parts.values()), seed
+    cases = [(seed, {"expert_chunks": "auto"}) for seed in MOE]
+    cases += [(seed, {"two_micro_batches": True}) for seed in MOE if has_two_micro_batches(seed)]
+    assert len(cases) > 80
+    for seed, overlap in cases:
+        found = random_answer(seed, **overlap)
+        parts = found.to_json()["breakdown_s"]
+        assert sum(part["exposed"] for part in parts.values()) == pytest.approx(found.step_time_s, rel=1e-9), seed
+        assert found.lower_s <= found.step_time_s * (1 + 1e-9), seed
+        assert all(part["hidden"] >= 0 and part["exposed"] >= 0 for part in parts.values()), seed
 
 
 @pytest.mark.parametrize("name", SHIPPED)
