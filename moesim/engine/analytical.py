@@ -72,9 +72,9 @@ class ChunkTimes:
 class StageTimes:
     """Times of one micro-batch per pass case.
 
-    ``forward_s`` and ``backward_s`` (chunks, n_cases) include ZeRO's passes, whose exposed and hidden parts have the
-    same shape; hops between stages are (n_cases,). ``chunk`` are the times behind them, ``chunk_case`` each pass's case
-    there.
+    ``forward_s`` and ``backward_s`` (chunks, n_cases) include ZeRO's passes; ``zero_pass_s`` are these forward and
+    backward, and their exposed and hidden parts have the same shape; hops between stages are (n_cases,). ``chunk`` are
+    the times behind them, ``chunk_case`` each pass's case there.
     """
 
     chunk: ChunkTimes
@@ -82,6 +82,7 @@ class StageTimes:
     forward_s: FloatArray
     backward_s: FloatArray
     has_zero_passes: bool
+    zero_pass_s: tuple[FloatArray, FloatArray]
     zero_exposed_s: FloatArray
     zero_hidden_s: FloatArray
     hop_s: FloatArray
@@ -265,13 +266,13 @@ def _stage_times(
     used = distinct_codes(layer_case, len(layers.rows))
     chunk = _chunk_times(system, plan, layers, layer_case[used.rows])
     forward_s, backward_s = chunk.forward_s[:, used.inverse], chunk.backward_s[:, used.inverse]
-    exposed = hidden = np.broadcast_to(np.zeros(1), forward_s.shape)
+    exposed = hidden = gather = scatter = np.broadcast_to(np.zeros(1), forward_s.shape)
     has_zero_passes = bool(costs.pass_scatter_s.any() or costs.pass_gather_s.any())
     if has_zero_passes:
         eta = system.stack.overlap.data_parallel
         gather = plan.per_chunk(costs.pass_gather_s)[:, state_case]
         scatter = gather + plan.per_chunk(costs.pass_scatter_s)[:, state_case]
-        scatter *= system.scenario.workload.kind == "training"
+        scatter = scatter * (system.scenario.workload.kind == "training")
         hidden_forward = np.minimum(gather * eta, chunk.forward_s[:, used.inverse])
         hidden_backward = np.minimum(scatter * eta, chunk.backward_s[:, used.inverse])
         forward_s = forward_s + gather - hidden_forward
@@ -284,6 +285,7 @@ def _stage_times(
         forward_s=forward_s,
         backward_s=backward_s,
         has_zero_passes=has_zero_passes,
+        zero_pass_s=(gather, scatter),
         zero_exposed_s=exposed,
         zero_hidden_s=hidden,
         hop_s=hop_s,

@@ -19,25 +19,42 @@ class StepEnd:
     forward of the next step.
     """
 
-    exposed_s: float
-    hidden_s: float
-    optimizer_s: float
-    host_s: float
+    reduction_s: float = 0.0
+    hidden_reduction_s: float = 0.0
+    gather_s: float = 0.0
+    hidden_gather_s: float = 0.0
+    optimizer_s: float = 0.0
+    host_s: float = 0.0
+
+    @property
+    def hidden_s(self) -> float:
+        """Communication that hides."""
+        return self.hidden_reduction_s + self.hidden_gather_s
+
+    @property
+    def exposed_s(self) -> float:
+        """Communication that does not."""
+        return self.reduction_s + self.gather_s - self.hidden_s
 
 
 def step_end(evaluation: PlanEvaluation, row: int, stage: int) -> StepEnd:
     """End of a step on one stage of one row: the terms that ``analytical._step_end`` sums for all stages and rows."""
     times, costs = evaluation.times, evaluation.costs
     if costs is None:
-        return StepEnd(0.0, 0.0, 0.0, 0.0)
+        return StepEnd()
     placed, pass_case = evaluation.plan.placed, int(evaluation.pass_case[row])
     chunks = placed.held[stage]
     at = (stage, int(evaluation.state_case[row]))
     reduction, gather = float(costs.reduction_s[at]), float(costs.update_gather_s[at])
     eta = evaluation.data_parallel_overlap
-    hidden = min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()) / placed.directions)
-    hidden += min(gather * eta, float(times.forward_s[chunks, pass_case].sum()) / placed.directions)
-    return StepEnd(reduction + gather - hidden, hidden, float(costs.optimizer_s[at]), float(costs.host_s[at]))
+    return StepEnd(
+        reduction_s=reduction,
+        hidden_reduction_s=min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()) / placed.directions),
+        gather_s=gather,
+        hidden_gather_s=min(gather * eta, float(times.forward_s[chunks, pass_case].sum()) / placed.directions),
+        optimizer_s=float(costs.optimizer_s[at]),
+        host_s=float(costs.host_s[at]),
+    )
 
 
 def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[str, dict[str, float]]:

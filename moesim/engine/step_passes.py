@@ -1,0 +1,189 @@
+"""A scenario prepared to run rank by rank: its pipeline's passes, priced for some draws of loads and speeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+
+from moesim.cost.host_times import replays_step
+from moesim.engine.analytical import PlanEvaluation, System, evaluate
+from moesim.engine.breakdowns import StepEnd, step_end
+from moesim.engine.layer_cases import PricedBlock, PricedBlocks, priced_blocks
+from moesim.engine.rank_max_plus import Nodes, PassKey, forward_nodes, pass_counts, program_nodes
+from moesim.engine.stream_times import BlockProgram, BlockTimes, ChunkBlocks, ChunkPass, RankSeconds, StretchRule
+from moesim.structure.columns import Columns, FloatArray
+from moesim.structure.layers import LayerSequence, layer_sequence
+from moesim.structure.pipeline_orders import BACKWARD, FORWARD, INPUT_GRADIENT
+from moesim.structure.pipeline_schedules import build_program
+from moesim.structure.rank_programs import ChunkLayers, StageRanks, chunk_layers, stage_ranks
+
+
+@dataclass(frozen=True)
+class StageDelays:
+    """What makes the ranks of a stage differ beside their load, arrays broadcastable to (n_draws, n_ranks).
+
+    ``compute_factor`` is how many times longer each computes; ``host_delay_s`` what its host takes longer per stretch.
+    """
+
+    compute_factor: FloatArray
+    host_delay_s: FloatArray
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """One scenario, priced once; ``columns`` has one row."""
+
+    system: System
+    columns: Columns
+    sequence: LayerSequence
+    evaluation: PlanEvaluation
+    priced: PricedBlocks
+    ranks: StageRanks
+    chunks: tuple[ChunkLayers, ...]
+    nodes: Nodes
+
+    @cached_property
+    def counts(self) -> dict[PassKey, int]:
+        """How often each pass runs."""
+        return pass_counts(self.nodes)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.evaluation.plan.stages
+
+    @property
+    def is_training(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.system.scenario.workload.kind == "training"
+
+    @property
+    def hop_s(self) -> float:
+        """Transfer between stages."""
+        return float(self.evaluation.times.hop_s[self.evaluation.pass_case[0]])
+
+    @property
+    def exposed_hop_s(self) -> float:
+        """Part of it by which the next stage is later."""
+        return float(self.evaluation.times.exposed_hop_s[self.evaluation.pass_case[0]])
+
+    def step_ends(self) -> list[StepEnd]:
+        """What each stage does after its last pass."""
+        return [step_end(self.evaluation, 0, stage) for stage in range(self.stages)]
+
+    def passes(self, loads: RankSeconds, delays: Mapping[int, StageDelays]) -> dict[PassKey, ChunkPass]:
+        """Every pass of the pipeline on the ranks of its stage.
+
+        Parameters
+        ----------
+        loads : mapping
+            Seconds of operations that grow with load.
+        delays : mapping of int to StageDelays
+            By stage.
+        """
+        builder = _PassBuilder(self, loads, delays)
+        return {key: builder.chunk_pass(*key) for key in self.counts}
+
+    @cached_property
+    def block_programs(self) -> tuple[BlockProgram, ...]:
+        """Programs of the layer kinds, then of first, last and, where there is one, token-prediction module."""
+        priced, recompute = self.priced, int(self.columns["recompute"][0])
+        blocks: list[PricedBlock] = [*priced.layers, priced.first, priced.last]
+        if priced.module is not None:
+            blocks.append(priced.module)
+        return tuple(BlockProgram(block, self.system.stack, recompute) for block in blocks)
+
+    def stretch_rule(self) -> StretchRule:
+        """Counts copied to the host empty the queue in every MoE layer's forward pass."""
+        launch, plan = self.system.stack.launch, self.evaluation.plan
+        count = 0 if replays_step(launch) else launch.host_synchronisations_per_moe_layer
+        has_moe = any(block.is_moe and plan.counts[kind].any() for kind, block in enumerate(self.priced.layers))
+        has_moe = has_moe or self.evaluation.layers.token_prediction_moe_layers > 0
+        return StretchRule(bool(count) and has_moe, count * launch.host_synchronisation_time.value)
+
+    def zero_s(self, chunk: int) -> dict[int, float]:
+        """Seconds of ZeRO's collectives of a chunk's pass, by phase."""
+        case = self.evaluation.pass_case[0]
+        forward, backward = (float(part[chunk, case]) for part in self.evaluation.times.zero_pass_s)
+        return {FORWARD: forward, BACKWARD: backward, INPUT_GRADIENT: backward}
+
+
+def prepare_step(system: System, columns: Columns) -> PreparedStep:
+    """Price a scenario, resolved and legal, and lay out its pipeline.
+
+    Raises
+    ------
+    ValueError
+        If there is more than one row.
+    """
+    if len(columns) != 1:
+        raise ValueError(f"one scenario at a time, not {len(columns)}")
+    scenario = system.scenario
+    sequence = layer_sequence(scenario.model)
+    (evaluation,) = evaluate(system, columns)
+    plan, micro_batches = evaluation.plan, round(float(columns["num_micro_batches"][0]))
+    if scenario.workload.kind == "training":
+        schedule = scenario.parallelism.pipeline.schedule
+        nodes = program_nodes(build_program(schedule, plan.stages, plan.virtual_stages, micro_batches))
+    else:
+        nodes = forward_nodes(plan.stages, micro_batches)
+    return PreparedStep(
+        system=system,
+        columns=columns,
+        sequence=sequence,
+        evaluation=evaluation,
+        priced=priced_blocks(scenario, system.stack, sequence, columns, system.hardware, system.load_factor),
+        ranks=stage_ranks(columns, scenario.parallelism.rank_order),
+        chunks=chunk_layers(sequence, plan),
+        nodes=nodes,
+    )
+
+
+class _PassBuilder:
+    """Builds passes; what two of them share is worked out once."""
+
+    def __init__(self, step: PreparedStep, loads: RankSeconds, delays: Mapping[int, StageDelays]) -> None:
+        self.step = step
+        self.loads = loads
+        self.delays = delays
+        self.rule = step.stretch_rule()
+        self.loaded_layers = {layer for layer, *_ in loads}
+        self.known: dict[tuple[int, int, int], BlockTimes] = {}
+        self.blocks: dict[tuple[int, int], ChunkBlocks] = {}
+
+    def chunk_pass(self, stage: int, chunk: int, phase: int) -> ChunkPass:
+        if (stage, chunk) not in self.blocks:
+            self.blocks[stage, chunk] = ChunkBlocks(
+                groups=tuple(self._groups(stage, self.step.chunks[chunk])),
+                rule=self.rule,
+                zero_s=self.step.zero_s(chunk),
+                zero_overlap=self.step.evaluation.data_parallel_overlap,
+                host_delay_s=self.delays[stage].host_delay_s,
+            )
+        return self.blocks[stage, chunk].chunk_pass(phase)
+
+    def _groups(self, stage: int, chunk: ChunkLayers) -> list[tuple[BlockTimes, ...]]:
+        kinds = len(self.step.priced.layers)
+        groups = [(self._times(stage, kinds, -1),)] if chunk.is_first else []
+        groups += [(self._times(stage, layer.kind, layer.number),) for layer in chunk.layers]
+        if chunk.is_last:
+            last = [self._times(stage, kinds + 1, -1)]
+            if self.step.priced.module is not None:
+                for module in range(self.step.sequence.mtp_layers):
+                    number = len(self.step.sequence.order) + module
+                    last.append(self._times(stage, kinds + 2, -1))
+                    last.append(self._times(stage, self.step.priced.module_layer, number))
+            groups.append(tuple(last))
+        return groups
+
+    def _times(self, stage: int, program: int, layer: int) -> BlockTimes:
+        loaded = layer if layer in self.loaded_layers else -1
+        key = (stage, program, loaded)
+        if key not in self.known:
+            times = self.step.block_programs[program].times(
+                loaded, self.loads, self.delays[stage].compute_factor, is_training=self.step.is_training
+            )
+            self.known[key] = times
+        return replace(self.known[key], layer=layer)
