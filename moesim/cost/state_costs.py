@@ -60,12 +60,10 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     columns, scenario = context.columns, context.scenario
     dense, expert = local_parameters(context, stages)
     zero = np.broadcast_to(columns["zero_stage"], dense.shape)
-    order = scenario.parallelism.rank_order
-    groups = (gradient_group(columns, order), process_group(columns, order, "expert_data"))
-    sizes = (dense, expert)
+    held = state_collectives(context, stages)
 
     def both(kind: CollectiveKind, width: float) -> CollectiveTime:
-        times = [_time(kind, size * width, group, hardware) for size, group in zip(sizes, groups, strict=True)]
+        times = [_time(kind, size * width, group, hardware) for size, group in held]
         return CollectiveTime(times[0].modelled_s + times[1].modelled_s, times[0].ideal_s + times[1].ideal_s)
 
     reduced = PRECISION_BYTES[scenario.precision.reduction]
@@ -87,6 +85,31 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
         host_s=np.maximum(host_s - optimizer_s, 0.0),
         ideal_communication_s=ideal,
         ideal_optimizer_s=ideal_optimizer_s,
+    )
+
+
+def state_collectives(
+    context: LoweringContext, stages: StageParameters
+) -> tuple[tuple[FloatArray, ProcessGroup], tuple[FloatArray, ProcessGroup]]:
+    """What gradients and parameters are reduced and gathered over: of the experts last.
+
+    Parameters
+    ----------
+    context : LoweringContext
+        Scenario and columns.
+    stages : StageParameters
+        Parameters of each stage.
+
+    Returns
+    -------
+    tuple
+        For parameters that are no experts' and for experts': elements of one device, (stages, n_cases), and the group.
+    """
+    dense, expert = local_parameters(context, stages)
+    order = context.scenario.parallelism.rank_order
+    return (
+        (dense, gradient_group(context.columns, order)),
+        (expert, process_group(context.columns, order, "expert_data")),
     )
 
 
@@ -126,10 +149,15 @@ def _optimizer(
     return OPTIMIZER_KERNELS * rates.traffic_fixed_s + ideal / rates.traffic_fraction, ideal
 
 
-def hop_time(columns: Columns, context: LoweringContext, hardware: Hardware) -> CollectiveTime:
-    """Transfer of one micro-batch's activations between neighbouring stages, sharded over the tensor group."""
+def hop_collective(columns: Columns, context: LoweringContext) -> Collective:
+    """Message with one micro-batch's activations to the next stage, sharded over the tensor group."""
     tokens = context.tokens("decoder")
     if context.model.architecture == "encoder_decoder" and context.scenario.workload.kind != "decode":
         tokens = tokens + context.tokens("encoder")
     num_bytes = tokens / columns["tensor"] * (context.model.hidden_size * context.activation_bytes)
-    return collective_time(Collective("point_to_point", num_bytes, context.group("pipeline")), hardware.fabric)
+    return Collective("point_to_point", num_bytes, context.group("pipeline"))
+
+
+def hop_time(columns: Columns, context: LoweringContext, hardware: Hardware) -> CollectiveTime:
+    """Time of ``hop_collective``."""
+    return collective_time(hop_collective(columns, context), hardware.fabric)

@@ -1,34 +1,38 @@
 """A step whose collectives meet on the wires: the passes of a pipeline run through the event kernel.
 
-Where no link is shared, seconds add up and max-plus is exact (``rank_max_plus``). Here the same passes run as processes:
-compute takes its seconds, a collective is a transfer on the ports of its stage, and whatever else uses these ports at
-that time slows it down. Ranks of a stage are alike, so a stage is simulated once, with the share of one rank.
+Where no link is shared, seconds add up and max-plus is exact (``rank_max_plus``). Here the same passes run as
+processes: compute takes its seconds, a collective is a transfer on the ports of its stage, and whatever else uses these
+ports at that time slows it down. Ranks of a stage are alike, so a stage is simulated once, with the share of one rank.
 
 What hides under compute is spread over the compute of its scope, one piece after the other: it runs beside it and is
-joined where that compute ends. Gradients are reduced from the last backward pass of each chunk on, and updated
-parameters gathered beside the first forward pass.
+joined where that compute ends. What hides of the gradients' reduction begins with the last backward pass of each chunk
+and is joined at the end of the schedule; the gather of updated parameters that hides under the next step's forward is
+not on these links.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Literal
 
 import numpy as np
 
 from moesim.cost.layer_times import COMMUNICATION_STREAMS
+from moesim.engine.analytical import System
 from moesim.engine.breakdowns import StepEnd
 from moesim.engine.event_kernel import EventKernel
 from moesim.engine.rank_max_plus import PassKey, zero_parts_s
 from moesim.engine.shared_links import FlappingLink, LinkTransfer, SharedLinks
-from moesim.engine.step_passes import PreparedStep
-from moesim.engine.step_transfers import StepTransfers
+from moesim.engine.step_passes import PreparedStep, StageDelays, prepare_step
+from moesim.engine.step_transfers import StepTransfers, step_transfers
 from moesim.engine.stream_times import ChunkPass, Scope, Stretch, TimedOperation
 from moesim.errors import SimulationError
-from moesim.structure.columns import FloatArray
+from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.pipeline_orders import FORWARD, WEIGHT_GRADIENT
 
+TieOrder = Literal["first_in", "last_in"]
 Network = Literal["closed", "shared"]
 """Every collective on links of its own, or all of a rank's on the same ports."""
 FITS = 1.0 + 1e-9
@@ -82,44 +86,49 @@ class ContendedStep:
         return self.step_time_s - self.closed_step_time_s
 
 
-def simulate_contended(
-    step: PreparedStep,
-    passes: Mapping[PassKey, ChunkPass],
-    transfers: StepTransfers,
+def contended_step(
+    system: System,
+    columns: Columns,
     *,
     network: Network = "shared",
     faults: Sequence[LinkFault] = (),
+    tie_order: TieOrder = "first_in",
 ) -> ContendedStep:
     """Run a step whose ranks are alike within each stage.
 
     Parameters
     ----------
-    step : PreparedStep
-        Schedule and prices.
-    passes : mapping of (stage, chunk, phase) to ChunkPass
-        Seconds of a single column: ``step.passes`` without loads.
-    transfers : StepTransfers
-        What collectives do to the links.
+    system : System
+        Scenario, profiles and rates.
+    columns : Columns
+        Resolved and legal, one row.
     network : str
         ``shared``, or ``closed`` where nothing contends: max-plus by other means.
     faults : sequence of LinkFault
         Slow and flapping links.
+    tie_order : str
+        Which of the events of one moment happens first; results do not depend on it.
 
     Raises
     ------
+    ValueError
+        If there is more than one row, or a fault of a link that does not exist.
     SimulationError
         If a transfer never ends.
     """
-    run = _Run(step, passes, transfers, network, faults)
+    step = prepare_step(system, columns)
+    alike = StageDelays(np.ones((1, 1)), np.zeros((1, 1)))
+    passes = step.passes({}, dict.fromkeys(range(step.stages), alike))
+    transfers = step_transfers(step)
+    run = _Run(step, passes, transfers if network == "shared" else transfers.on_private_links(), faults, tie_order)
     run.finish()
-    closed_s = run.step_time_s
+    closed = run
     if network == "shared":
-        plain = _Run(step, passes, transfers, "closed", ())
-        plain.finish()
-        closed_s = plain.step_time_s
+        closed = _Run(step, passes, transfers.on_private_links(), (), tie_order)
+        closed.finish()
     return ContendedStep(
         step_time_s=run.step_time_s,
-        closed_step_time_s=closed_s,
+        closed_step_time_s=closed.step_time_s,
         finish_s=run.finish_s,
         start_s=run.start_s,
         end_s=run.end_s,
@@ -197,19 +206,25 @@ class _Run:
         step: PreparedStep,
         passes: Mapping[PassKey, ChunkPass],
         transfers: StepTransfers,
-        network: Network,
         faults: Sequence[LinkFault],
+        tie_order: TieOrder,
     ) -> None:
         self.step, self.passes, self.nodes = step, passes, step.nodes
-        self.transfers = transfers if network == "shared" else transfers.on_private_links()
-        ports = transfers.ports
-        self.kernel = EventKernel()
-        flapping = {port: fault.flapping for fault in faults if fault.flapping for port in ports.of(fault.stage, fault.level).tolist()}
+        columns = (self.nodes.stage, self.nodes.chunk, self.nodes.phase)
+        self.keys: list[PassKey] = list(zip(*(column.tolist() for column in columns), strict=True))
+        self.transfers, ports = transfers, transfers.ports
+        self.kernel = EventKernel(count(0, -1) if tie_order == "last_in" else None)
+        flapping = {
+            port: fault.flapping
+            for fault in faults
+            if fault.flapping
+            for port in ports.of(fault.stage, fault.level).tolist()
+        }
         capacity = ports.capacity.copy()
         for fault in faults:
             capacity[ports.of(fault.stage, fault.level)] *= fault.fraction
         self.links = SharedLinks(self.kernel, capacity, flapping)
-        self.stages = [_Stage(*(_Lane(self.links) for _ in range(3))) for _ in range(step.stages)]
+        self.stages = [_Stage(_Lane(self.links), _Lane(self.links), _Lane(self.links)) for _ in range(step.stages)]
         self.ends = step.step_ends()
         self.start_s, self.end_s = np.full((2, len(self.nodes)), np.nan)
         self.finish_s = np.full(step.stages, np.nan)
@@ -218,7 +233,7 @@ class _Run:
         for node, needed in enumerate(self.nodes.needs.tolist()):
             self.dependents.setdefault(needed, []).append(node)
         self.pieces: dict[PassKey, list[list[_Piece]]] = {}
-        self.first_forward, self.last_backward = self._edges()
+        self.last_backward = self._last_backward_shares()
 
     @property
     def step_time_s(self) -> float:
@@ -259,35 +274,17 @@ class _Run:
 
         go_on()
 
-    def _edges(self) -> tuple[set[int], dict[int, float]]:
-        """First forward passes of the chunks of a stage, and last backward ones with their share of the stage's."""
-        keys = self._keys()
-        firsts: dict[tuple[int, int], int] = {}
+    def _last_backward_shares(self) -> dict[int, float]:
+        """Last backward pass of each chunk on its stage, and its share in the seconds of the stage's."""
         lasts: dict[tuple[int, int], int] = {}
-        for node in self._execution_order():
-            stage, chunk, phase = keys[node]
-            if phase == FORWARD:
-                firsts.setdefault((stage, chunk), node)
-            elif phase != WEIGHT_GRADIENT:
+        for node, (stage, chunk, phase) in enumerate(self.keys):
+            if phase not in (FORWARD, WEIGHT_GRADIENT):
                 lasts[stage, chunk] = node
-        return set(firsts.values()), self._shares(lasts)
-
-    def _shares(self, chosen: Mapping[tuple[int, int], int]) -> dict[int, float]:
-        """Share of each stage's chosen passes in the seconds of all of them."""
-        keys = self._keys()
-        seconds = {node: _own_seconds(self.passes[keys[node]]) for node in chosen.values()}
+        seconds = {node: _own_seconds(self.passes[self.keys[node]]) for node in lasts.values()}
         total = np.zeros(self.step.stages)
-        for (stage, _), node in chosen.items():
+        for (stage, _), node in lasts.items():
             total[stage] += seconds[node]
-        return {node: seconds[node] / max(total[stage], 1e-300) for (stage, _), node in chosen.items()}
-
-    def _keys(self) -> list[PassKey]:
-        nodes = self.nodes
-        return list(zip(nodes.stage.tolist(), nodes.chunk.tolist(), nodes.phase.tolist(), strict=True))
-
-    def _execution_order(self) -> list[int]:
-        """Nodes so that each stage's come in its own order."""
-        return list(range(len(self.nodes)))
+        return {node: seconds[node] / total[stage] for (stage, _), node in lasts.items() if total[stage] > 0.0}
 
     def _turns(self, stage: int) -> list[list[int]]:
         """Passes of a stage in order; those that run as one together, the forward first."""
@@ -302,14 +299,13 @@ class _Run:
         return turns
 
     def _stage_process(self, stage: int) -> Process:
-        keys = self._keys()
         for turn in self._turns(stage):
             for node in turn:
                 yield self.arrived[node]
             for node in turn:
                 self.start_s[node] = self.kernel.now
-                self._begin_edges(stage, node)
-                yield from self._pass_process(stage, keys[node])
+                self._begin_reduction(stage, node)
+                yield from self._pass_process(stage, self.keys[node])
             for node in turn:
                 self.end_s[node] = self.kernel.now
                 for dependent in self.dependents.get(node, []):
@@ -332,13 +328,12 @@ class _Run:
 
         self.links.start(exposed, arrive)
 
-    def _begin_edges(self, stage: int, node: int) -> None:
-        """Start what hides beside the first forward and the last backward passes."""
-        end, lanes = self.ends[stage], self.stages[stage]
-        share = self.last_backward.get(node)
-        if share and end.hidden_reduction_s:
-            piece = self.transfers.reduction(stage, share * end.hidden_reduction_s)
-            lanes.reductions.append(lanes.data_parallel.submit(piece))
+    def _begin_reduction(self, stage: int, node: int) -> None:
+        """Start what of the gradients' reduction hides beside a last backward pass."""
+        hidden_s = self.ends[stage].hidden_reduction_s * self.last_backward.get(node, 0.0)
+        if hidden_s > 0.0:
+            lanes = self.stages[stage]
+            lanes.reductions.append(lanes.data_parallel.submit(self.transfers.reduction(stage, hidden_s)))
 
     def _pass_process(self, stage: int, key: PassKey) -> Process:
         part, lanes = self.passes[key], self.stages[stage]

@@ -58,8 +58,11 @@ class Ports:
     capacity: FloatArray
 
     def of(self, stage: int, level: int) -> IntArray:
-        """Both directions of a stage's level."""
-        return self.number[stage, level]
+        """Both directions of a stage's level, shape (2,); raises ``ValueError`` where there is no such link."""
+        stages, levels = self.number.shape[:2]
+        if not (0 <= stage < stages and 0 <= level < levels):
+            raise ValueError(f"no level {level} of stage {stage}: there are {levels} levels and {stages} stages")
+        return np.asarray(self.number[stage, level])
 
     def busy_s(self, carried: FloatArray) -> FloatArray:
         """Time each level's share was full with what was sent, (stages, n_levels), from what resources carried."""
@@ -81,7 +84,9 @@ def stage_ports(cluster: Cluster, fabric: FabricRates, ranks: StageRanks) -> Por
     levels = len(fabric.levels)
     number = np.arange(ranks.stages * levels * 2).reshape(ranks.stages, levels, 2)
     capacity = np.ones(number.size)
-    nodes = [frozenset((ranks.global_ranks(stage) // cluster.devices_per_node).tolist()) for stage in range(len(number))]
+    nodes = [
+        frozenset((ranks.global_ranks(stage) // cluster.devices_per_node).tolist()) for stage in range(len(number))
+    ]
     for level in _levels_of_shared_nics(cluster):
         for stage, own in enumerate(nodes):
             first = next(other for other in range(stage + 1) if nodes[other] & own)
