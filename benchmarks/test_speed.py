@@ -17,6 +17,8 @@ from moesim.estimation.loading import load
 from moesim.estimation.spaces import Space, grid
 from moesim.estimation.tables import estimate_many
 from moesim.resources import find_scenario
+from moesim.structure.pipeline_building_blocks import squeezed_orders
+from moesim.structure.pipeline_schedules import build_program
 
 needs_command_line = pytest.mark.skipif(
     importlib.util.find_spec("moesim.cli") is None, reason="moesim.cli, the command line, is not there"
@@ -47,6 +49,28 @@ def test_interleaved_one_f_one_b_of_eight_stages_and_four_chunks(benchmark):
     counts, hop = np.full(500, 128), np.full(500, 0.01)
     finish = benchmark(pipeline_finish_s, "interleaved_one_f_one_b", 4, counts, forward, backward, hop)
     assert finish.shape == (8, 500)
+
+
+@pytest.mark.benchmark(group="targeted")
+@pytest.mark.parametrize("schedule", ["dualpipe", "v_half"])
+def test_program_of_sixteen_stages_and_sixty_four_micro_batches(benchmark, schedule):
+    virtual = 2 if schedule == "v_half" else 1
+
+    def unroll():
+        squeezed_orders.cache_clear()
+        return build_program.__wrapped__(schedule, 16, virtual, 64)
+
+    program = benchmark(unroll)
+    assert (program.stage >= 0).sum() > 2 * 16 * virtual * 64
+
+
+@pytest.mark.benchmark(group="targeted")
+def test_dualpipe_of_sixteen_stages(benchmark):
+    generator = np.random.default_rng(3)
+    forward, backward = generator.uniform(1, 2, (16, 500)), generator.uniform(2, 4, (16, 500))
+    counts, hop = np.full(500, 240), np.full(500, 0.01)
+    finish = benchmark(pipeline_finish_s, "dualpipe", 1, counts, forward, backward, hop, backward / 2)
+    assert finish.shape == (16, 500)
 
 
 @pytest.mark.benchmark(group="targeted")

@@ -19,6 +19,7 @@ from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
 if TYPE_CHECKING:
     from moesim.describe.hardware_library import HardwareLibrary
     from moesim.estimation.loading import LoadedScenario
+    from moesim.study.schedule_comparison import ScheduleComparison
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 """Root of the usage errors: click's ClickException, which typer may carry inside and does not export."""
@@ -127,6 +128,9 @@ def estimate(
         Literal["closed", "flow"],
         typer.Option("--network", help="Collectives by closed form, or with contention simulated on the real wires."),
     ] = "closed",
+    schedules: Annotated[
+        bool, typer.Option("--compare-schedules", help="Estimate every pipeline schedule as well.")
+    ] = False,
     profiles: ProfilesOption = None,
 ) -> int:
     """Step time, its parts, memory and cost of one or more scenarios."""
@@ -148,15 +152,27 @@ def estimate(
 
             for item, answer in zip(loaded, objects, strict=True):
                 answer["explanation"] = [term.to_json() for term in explain_step(item)]
+        if schedules:
+            for comparison, answer in zip(_schedule_comparisons(loaded), objects, strict=True):
+                answer["schedules"] = comparison.to_json()["schedules"]
         _print_json(objects[0] if len(objects) == 1 else {"schema_version": 1, "answers": objects})
     else:
-        from moesim.cli.text import print_estimates, print_explanation
+        from moesim.cli.text import print_estimates, print_explanation, print_schedules
 
         print_estimates(answers)
+        if schedules:
+            for comparison in _schedule_comparisons(loaded):
+                print_schedules(comparison)
         if explain:
             for item in loaded:
                 print_explanation(item)
     return 0 if all(answer.fits for answer in answers) else EXIT_DOES_NOT_FIT
+
+
+def _schedule_comparisons(loaded: list[LoadedScenario]) -> list[ScheduleComparison]:
+    from moesim.study.schedule_comparison import compare_schedules
+
+    return [compare_schedules(item) for item in loaded]
 
 
 @application.command()

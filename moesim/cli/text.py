@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesim.estimation.loading import LoadedScenario
     from moesim.estimation.step_estimate import StepEstimate
     from moesim.structure.topology_metrics import TopologySummary
+    from moesim.study.schedule_comparison import ScheduleComparison
     from moesim.study.sweep import SweepSummary
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "other")
@@ -170,6 +171,26 @@ def print_explanation(loaded: LoadedScenario) -> None:
         console.print(f"\n{term.category} / {term.name} ({term.phase}): {seconds(term.seconds_each)} x {term.times:g}")
         console.print(f"  {term.formula}")
         console.print(f"  = {term.substituted}")
+
+
+def print_schedules(comparison: ScheduleComparison) -> None:
+    """Print one scenario's pipeline schedules side by side; below, why some are not legal."""
+    console = _console()
+    headers = ["", "chunks per stage", "step time", "bubble", "in flight", "memory", ""]
+    table = _table(f"\nPipeline schedules of {comparison.scenario} (* its own)", headers)
+    for row in comparison.rows:
+        name = f"{row.schedule} *" if row.is_chosen else row.schedule
+        if row.step_time_s is None or row.peak_memory_bytes is None:
+            table.add_row(name, str(row.virtual_stages), "-", "-", "-", "-", "not legal")
+            continue
+        memory = format_quantity(row.peak_memory_bytes, "bytes")
+        numbers = (f"{row.bubble_fraction:.1%}", f"{row.peak_in_flight:g}", memory)
+        verdict = "fits" if row.fits else "DOES NOT FIT"
+        table.add_row(name, str(row.virtual_stages), seconds(row.step_time_s), *numbers, verdict)
+    console.print(table)
+    for row in comparison.rows:
+        for reason in row.reasons:
+            console.print(f"{row.schedule}: {reason}")
 
 
 def print_hardware_list(library: HardwareLibrary) -> None:

@@ -60,15 +60,18 @@ def price_all(operations: Sequence[Operation], hardware: Hardware) -> list[Opera
 def _works(operation: Operation) -> list[Work]:
     """Work at mean load and, where there is a load factor, on the most loaded rank."""
     work, load = operation.work, operation.load_factor
-    if load is None:
-        return [work]
+    return [work] if load is None else [work, loaded_work(work, load)]
+
+
+def loaded_work(work: Work, load: FloatArray) -> Work:
+    """Work whose routed tokens are ``load`` times as many; attention cores have none."""
     match work:
         case Gemm():
-            return [work, loaded_gemm(work, load)]
+            return loaded_gemm(work, load)
         case MemoryTraffic() | Collective():
-            return [work, replace(work, num_bytes=work.num_bytes * load)]
+            return replace(work, num_bytes=work.num_bytes * load)
         case AttentionCore():
-            return [work, work]
+            return work
         case _:
             assert_never(work)
 

@@ -13,6 +13,7 @@ from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Device
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
+from moesim.structure.chunk_placement import placement_name
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.memory_footprint import StageParameters, local_parameters, unfactored_moments
@@ -46,7 +47,8 @@ def state_cost_columns(scenario: Scenario) -> tuple[str, ...]:
     """Columns that decide these costs, stages apart."""
     order = scenario.parallelism.rank_order
     names: tuple[str, ...] = ("tensor", "context", "data", "expert", "expert_tensor", "expert_data", "zero_stage")
-    for dimension in ("data", "context", "expert_data"):
+    is_mirrored = placement_name(scenario.parallelism.pipeline.schedule) == "both_ways"
+    for dimension in ("data", "context", "expert_data", *(("pipeline",) if is_mirrored else ())):
         names += group_columns(order, dimension)
     return tuple(dict.fromkeys(names))
 
@@ -55,7 +57,8 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     """Cost of gradients, parameters and optimizer under each case's ZeRO stage.
 
     Stage 0 reduces (all-reduce); 1 reduces and scatters, then gathers updated parameters; 2 scatters every
-    micro-batch; 3 also gathers parameters for every forward and backward pass.
+    micro-batch; 3 also gathers parameters for every forward and backward pass. Where a pipeline holds the model twice
+    (DualPipe), the two stages with the same chunks also exchange their gradients.
     """
     columns, scenario = context.columns, context.scenario
     dense, expert = local_parameters(context, stages)
@@ -72,6 +75,9 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     gathered = both("all_gather", stored)
     reduction = whole.modelled_s * (zero == 0) + scattered.modelled_s * (zero == 1)
     ideal = whole.ideal_s * (zero == 0) + scattered.ideal_s * (zero == 1) + gathered.ideal_s * (zero == 1)
+    if stages.copies > 1:
+        mirrored = _mirror_exchange(context, dense, expert, hardware)
+        reduction, ideal = reduction + mirrored.modelled_s, ideal + mirrored.ideal_s
     optimizer_s, ideal_optimizer_s = _optimizer(context, dense, expert, hardware, device)
     host_s = host_step_time_s(
         stages.tensors[:, None] + stages.expert_tensors[:, None] / columns["expert"], context.stack.launch
@@ -124,6 +130,18 @@ def _time(kind: CollectiveKind, num_bytes: FloatArray, group: ProcessGroup, hard
     return CollectiveTime(times.modelled_s.reshape(shape), times.ideal_s.reshape(shape))
 
 
+def _mirror_exchange(
+    context: LoweringContext, dense: FloatArray, expert: FloatArray, hardware: Hardware
+) -> CollectiveTime:
+    """Exchange of the gradients a device keeps with the stage of the same chunks, at the price of neighbours."""
+    columns = context.columns
+    is_sharded = columns["zero_stage"] >= 1
+    kept = dense / np.where(is_sharded, columns["data"] * columns["context"], 1.0)
+    kept = kept + expert / np.where(is_sharded, columns["expert_data"], 1.0)
+    reduced = PRECISION_BYTES[context.scenario.precision.reduction]
+    return _time("point_to_point", kept * reduced, context.group("pipeline"), hardware)
+
+
 def _optimizer(
     context: LoweringContext, dense: FloatArray, expert: FloatArray, hardware: Hardware, device: Device
 ) -> tuple[FloatArray, FloatArray]:
@@ -149,8 +167,8 @@ def _optimizer(
     return OPTIMIZER_KERNELS * rates.traffic_fixed_s + ideal / rates.traffic_fraction, ideal
 
 
-def hop_collective(columns: Columns, context: LoweringContext) -> Collective:
-    """Message with one micro-batch's activations to the next stage, sharded over the tensor group."""
+def hop_message(columns: Columns, context: LoweringContext) -> Collective:
+    """One micro-batch's activations between neighbouring stages, sharded over the tensor group."""
     tokens = context.tokens("decoder")
     if context.model.architecture == "encoder_decoder" and context.scenario.workload.kind != "decode":
         tokens = tokens + context.tokens("encoder")
@@ -159,5 +177,5 @@ def hop_collective(columns: Columns, context: LoweringContext) -> Collective:
 
 
 def hop_time(columns: Columns, context: LoweringContext, hardware: Hardware) -> CollectiveTime:
-    """Time of ``hop_collective``."""
-    return collective_time(hop_collective(columns, context), hardware.fabric)
+    """Transfer of :func:`hop_message`."""
+    return collective_time(hop_message(columns, context), hardware.fabric)

@@ -54,8 +54,8 @@ class ChunkTimes:
     """Times of one micro-batch on every chunk without ZeRO's passes, arrays (chunks, n_layer_cases of the plan).
 
     ``forward_s`` and ``backward_s`` contain what the host makes the device wait, which is also in ``host_s``; the
-    ``serial`` ones overlap nothing; ``ideal_s`` is forward and backward at peak rates; ``weight_gradient_s`` is the part
-    of ``backward_s`` that schedules may run apart: its compute; ``flops`` (n_layer_cases,) are those of all stages.
+    ``serial`` ones overlap nothing; ``ideal_s`` is forward and backward at peak rates; ``weight_gradient_s`` is the
+    compute in ``backward_s`` that schedules may run apart; ``flops`` (n_layer_cases,) are those of all stages.
     """
 
     forward_s: FloatArray
@@ -322,8 +322,9 @@ def _pipeline(
     chunk, case = times.chunk, times.chunk_case
     weights_s = chunk.weight_gradient_s[:, case]
     if is_training:
-        durations = (times.forward_s, times.backward_s, times.exposed_hop_s, weights_s)
-        finish = pipeline_finish_s(schedule, virtual, counts, *durations)
+        finish = pipeline_finish_s(
+            schedule, virtual, counts, times.forward_s, times.backward_s, times.exposed_hop_s, weights_s
+        )
     else:
         finish = forward_finish_s(counts, times.forward_s, times.exposed_hop_s)
     is_classic = schedule in CLASSIC_SCHEDULES
@@ -333,8 +334,9 @@ def _pipeline(
     lower = ((own + before[:, case]).max(axis=0), own.max(axis=0))
     if not is_classic:
         passes = times.zero_exposed_s + times.zero_hidden_s
-        serial = [part[:, case] + passes for part in (chunk.serial_forward_s, chunk.serial_backward_s)]
-        return finish, lower, pipeline_finish_s(schedule, virtual, counts, *serial, times.hop_s, weights_s).max(axis=0)
+        forward_s, backward_s = chunk.serial_forward_s[:, case] + passes, chunk.serial_backward_s[:, case] + passes
+        latest = pipeline_finish_s(schedule, virtual, counts, forward_s, backward_s, times.hop_s, weights_s)
+        return finish, lower, latest.max(axis=0)
     rounds = micro_batches + plan.stages - 1
     slowest = (chunk.serial_forward_s.max(axis=0) + chunk.serial_backward_s.max(axis=0))[case]
     if times.has_zero_passes:

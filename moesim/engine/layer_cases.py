@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,7 @@ from moesim.cost.operators import Hardware
 from moesim.describe.hardware import OverlapAchieved, Stack
 from moesim.describe.overlap import Overlap
 from moesim.describe.scenario import Scenario
-from moesim.engine.block_overlaps import Totals, block_mechanisms
+from moesim.engine.block_overlaps import Totals, block_mechanisms, divided
 from moesim.structure.columns import RECOMPUTE_CODES, Columns, Distinct, FloatArray, IntArray
 from moesim.structure.layers import LayerKind, LayerSequence
 from moesim.structure.lowering import LoweringContext, token_columns
@@ -32,7 +32,8 @@ class BlockPhase:
 
     ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
     peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
-    executed, ``host_s`` what the host needs to issue it; ``weight_gradient_s`` of ``device_s`` a schedule may run apart.
+    executed, ``host_s`` what the host needs to issue it; ``weight_gradient_s`` is what of ``device_s`` a schedule may
+    run apart.
     """
 
     exposed_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -240,18 +241,22 @@ class _Assembler:
                 if messages_s := expert_messages_s(times.host, self.stack.launch):
                     phase.exposed_s["all_to_all"] = np.add(phase.exposed_s.get("all_to_all", 0.0), messages_s)
                     phase.serial_s = phase.serial_s + messages_s
-        for phase in (forward, backward, selective):
-            self._overlap(phase)
+        exposed_parts = [self._overlap(phase) for phase in (forward, backward, selective)]
         if priced.is_moe and self.overlap.is_in_blocks:
-            self._run_mechanisms(priced, forward, backward)
+            self._run_mechanisms(priced, (forward, backward), exposed_parts)
         if self.is_training and not priced.is_end:
             self._recompute(backward, forward, selective)
         return Block(priced.name, priced.is_moe, forward, backward)
 
-    def _overlap(self, phase: BlockPhase) -> None:
-        """Hide each communication under compute, at most the share the stack achieves and the compute there is."""
+    def _overlap(self, phase: BlockPhase) -> dict[str, FloatArray]:
+        """Hide each communication under compute, at most the share the stack achieves and the compute there is.
+
+        Returns the exposed share of each stream.
+        """
         budget = sum((value for key, value in phase.exposed_s.items() if key not in COMMUNICATION_STREAMS), 0.0)
+        exposed_part = {}
         for stream, hidden in hidden_seconds(phase.exposed_s, budget, self.stack.overlap).items():
+            exposed_part[stream] = 1.0 - divided(hidden, phase.exposed_s[stream], 0.0)
             phase.exposed_s[stream], phase.hidden_s[stream] = phase.exposed_s[stream] - hidden, hidden
         for stream, name in REPORTED_AS.items():
             for parts in (phase.exposed_s, phase.hidden_s):
@@ -260,18 +265,21 @@ class _Assembler:
         phase.device_s = sum(phase.exposed_s.values(), 0.0)
         if phase.ideal_parts_s:
             phase.ideal_s = np.maximum.reduce(list(phase.ideal_parts_s.values()))
+        return exposed_part
 
-    def _run_mechanisms(self, priced: PricedBlock, forward: BlockPhase, backward: BlockPhase) -> None:
+    def _run_mechanisms(
+        self, priced: PricedBlock, phases: Sequence[BlockPhase], exposed_parts: Sequence[Mapping[str, FloatArray]]
+    ) -> None:
         """Replace what the stack achieves by what the run's mechanisms do."""
-        phases = [forward, backward] if self.is_training else [forward]
-        before = [Totals(phase.exposed_s, phase.hidden_s) for phase in phases]
-        block = block_mechanisms(self.overlap, self.stack, self.hardware, priced.tables)
-        after = block.phases(before[0], before[1] if self.is_training else None)
-        for phase, totals in zip(phases, after, strict=False):
-            assert totals is not None
+        phases = phases if self.is_training else phases[:1]
+        before = [
+            Totals(phase.exposed_s, phase.hidden_s, part) for phase, part in zip(phases, exposed_parts, strict=False)
+        ]
+        after = block_mechanisms(self.overlap, self.stack, self.hardware, priced.tables).phases(before)
+        for phase, plain, totals in zip(phases, before, after, strict=True):
             phase.exposed_s, phase.hidden_s = dict(totals.exposed_s), dict(totals.hidden_s)
             phase.device_s = sum(phase.exposed_s.values(), 0.0)
-            phase.weight_gradient_s = np.minimum(phase.weight_gradient_s, phase.device_s)
+            phase.weight_gradient_s = phase.weight_gradient_s * divided(totals.compute_s, plain.compute_s, 1.0)
 
     def _recompute(self, backward: BlockPhase, forward: BlockPhase, selective: BlockPhase) -> None:
         full = (self.recompute == RECOMPUTE_CODES["full"]).astype(np.float64)

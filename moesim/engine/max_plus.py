@@ -50,15 +50,13 @@ def program_finish_s(
     if weight_gradient_s is not None:
         durations = np.concatenate([durations, backward_s - weight_gradient_s, weight_gradient_s])
     finish = np.zeros((len(program.needs) + 1, durations.shape[1]))
+    has_pairs = bool((program.partner < len(program.needs)).any())
     for level in program.levels:
         arrival = finish[program.needs[level]] + program.hops[level][:, None] * hop_s
         start = np.maximum(finish[program.stage_before[level]], arrival)
-        end = start + durations[program.duration_row[level]]
-        partner = program.partner[level]
-        paired = np.flatnonzero(partner < len(program.needs))
-        if len(paired):
-            end[paired] = _pair_end_s(program, finish, durations, hop_s, start[paired], level[paired])
-        finish[level] = end
+        finish[level] = start + durations[program.duration_row[level]]
+        if has_pairs and len(paired := np.flatnonzero(program.partner[level] < len(program.needs))):
+            finish[level[paired]] = _pair_end_s(program, finish, durations, hop_s, start[paired], level[paired])
     return finish
 
 

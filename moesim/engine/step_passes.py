@@ -6,15 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-
 from moesim.cost.host_times import replays_step
+from moesim.cost.state_costs import hop_message
 from moesim.engine.analytical import PlanEvaluation, System, evaluate
+from moesim.engine.block_overlaps import block_mechanisms
 from moesim.engine.breakdowns import StepEnd, step_end
 from moesim.engine.layer_cases import PricedBlock, PricedBlocks, priced_blocks
+from moesim.engine.overlapped_scopes import scope_rewrite
 from moesim.engine.rank_max_plus import Nodes, PassKey, forward_nodes, pass_counts, program_nodes
-from moesim.engine.stream_times import BlockProgram, BlockTimes, ChunkBlocks, ChunkPass, RankSeconds, StretchRule
+from moesim.engine.stream_times import (
+    BlockProgram,
+    BlockTimes,
+    ChunkBlocks,
+    ChunkPass,
+    RankSeconds,
+    ScopeRewrite,
+    StretchRule,
+)
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.layers import LayerSequence, layer_sequence
+from moesim.structure.lowering import LoweringContext
 from moesim.structure.pipeline_orders import BACKWARD, FORWARD, INPUT_GRADIENT
 from moesim.structure.pipeline_schedules import build_program
 from moesim.structure.rank_programs import ChunkLayers, StageRanks, chunk_layers, stage_ranks
@@ -69,6 +80,12 @@ class PreparedStep:
         """Part of it by which the next stage is later."""
         return float(self.evaluation.times.exposed_hop_s[self.evaluation.pass_case[0]])
 
+    @property
+    def hop_bytes(self) -> float:
+        """Bytes a rank sends to the next stage for one micro-batch."""
+        context = LoweringContext(self.system.scenario, self.system.stack, self.columns)
+        return float(hop_message(self.columns, context).num_bytes[0])
+
     def step_ends(self) -> list[StepEnd]:
         """What each stage does after its last pass."""
         return [step_end(self.evaluation, 0, stage) for stage in range(self.stages)]
@@ -93,7 +110,14 @@ class PreparedStep:
         blocks: list[PricedBlock] = [*priced.layers, priced.first, priced.last]
         if priced.module is not None:
             blocks.append(priced.module)
-        return tuple(BlockProgram(block, self.system.stack, recompute) for block in blocks)
+        stack = self.system.stack
+        return tuple(BlockProgram(block, stack, recompute, self._rewrite(block)) for block in blocks)
+
+    def _rewrite(self, block: PricedBlock) -> ScopeRewrite | None:
+        overlap = self.system.scenario.overlap
+        if not (block.is_moe and overlap.is_in_blocks):
+            return None
+        return scope_rewrite(block_mechanisms(overlap, self.system.stack, self.system.hardware, block.tables))
 
     def stretch_rule(self) -> StretchRule:
         """Counts copied to the host empty the queue in every MoE layer's forward pass."""
@@ -166,7 +190,7 @@ class _PassBuilder:
 
     def _groups(self, stage: int, chunk: ChunkLayers) -> list[tuple[BlockTimes, ...]]:
         kinds = len(self.step.priced.layers)
-        groups = [(self._times(stage, kinds, -1),)] if chunk.is_first else []
+        groups: list[tuple[BlockTimes, ...]] = [(self._times(stage, kinds, -1),)] if chunk.is_first else []
         groups += [(self._times(stage, layer.kind, layer.number),) for layer in chunk.layers]
         if chunk.is_last:
             last = [self._times(stage, kinds + 1, -1)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from moesim.cost.communication_libraries import FabricRates
 from moesim.cost.link_occupancy import LinkOccupancy, link_occupancy
-from moesim.cost.state_costs import hop_collective, state_collectives
+from moesim.cost.state_costs import hop_message, state_collectives
 from moesim.describe.hardware import Cluster, HierarchicalFabric
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.engine.shared_links import LinkTransfer
@@ -187,7 +187,7 @@ def step_transfers(step: PreparedStep) -> StepTransfers:
                 operations[row] = Profile.of([link_occupancy(work, fabric)])
     reductions, gathers = _state_profiles(step)
     context = LoweringContext(step.system.scenario, step.system.stack, step.columns)
-    message = Profile.of([link_occupancy(hop_collective(step.columns, context), fabric)])
+    message = Profile.of([link_occupancy(hop_message(step.columns, context), fabric)])
     return StepTransfers(
         ports=stage_ports(step.system.cluster, fabric, step.ranks),
         operations=operations,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -106,13 +106,21 @@ class ChunkPass:
     later_s: FloatArray = field(default_factory=lambda: np.zeros((1, 1)))
 
 
+ScopeRewrite = Callable[[Scope, Scope], tuple[Scope, Scope]]
+"""What mechanisms of overlap make of a block's forward and backward scope."""
+
+
 @dataclass(frozen=True)
 class BlockProgram:
-    """Operations of a priced block in the order of execution, their even seconds, and its host seconds by phase."""
+    """Operations of a priced block in the order of execution, their even seconds, and its host seconds by phase.
+
+    ``rewrite`` is for blocks that overlap as a run asks for, not as the stack achieves.
+    """
 
     block: PricedBlock
     stack: Stack
     recompute: int
+    rewrite: ScopeRewrite | None = None
 
     @cached_property
     def operations(self) -> tuple[StreamOperation, ...]:
@@ -158,7 +166,10 @@ class BlockProgram:
         }
         seconds = {(row.table, row.index): self._seconds(row, layer, loads, compute_factor) for row in self.operations}
         forward = self._scope(by_phase["forward"], seconds, "forward")
-        backward: tuple[Scope, ...] = (self._scope(by_phase["backward"], seconds, "backward"),)
+        last = self._scope(by_phase["backward"], seconds, "backward")
+        if self.rewrite is not None:
+            forward, last = self.rewrite(forward, last)
+        backward: tuple[Scope, ...] = (last,)
         host_backward_s = self.host_s("backward")
         if is_training and not self.block.is_end:
             if self.recompute == RECOMPUTE_CODES["full"]:

@@ -20,12 +20,13 @@ from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.scenario import Scenario
 from moesim.describe.stack_options import stack_with_options
 from moesim.engine.analytical import System
+from moesim.engine.drawn_loads import load_law
 from moesim.errors import Problem, ScenarioError
 from moesim.resources import find_scenario
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.group_tables import group_columns_table
 from moesim.structure.legality import legality_rules, resolve_columns
-from moesim.structure.token_routing import expert_shares, max_over_mean_load
+from moesim.structure.token_routing import max_over_mean_load
 
 SUPPORTED_SCHEMA_VERSION = 1
 
@@ -163,7 +164,4 @@ def routed_shares(scenario: Scenario, ranks: int) -> FloatArray:
     moe = scenario.model.moe
     if moe is None:
         return np.ones((1, ranks))
-    fields = moe.router.imbalance.model_dump()
-    names = {"value": "max_over_mean", "name": "preset"}
-    arguments = {names.get(key, key): value for key, value in fields.items() if key != "kind"}
-    return expert_shares(fields["kind"], moe.num_experts, ranks, **arguments)
+    return load_law(moe.router.imbalance).expected_shares(moe.num_experts, ranks)

@@ -66,8 +66,8 @@ def chunk_placement(schedule: str, stages: int, virtual_stages: int) -> ChunkPla
     """Place the chunks of a schedule.
 
     Loop: chunk c is on stage c modulo p. Fold (ZB-V, V-Half, V-Min, DualPipeV): stage s holds chunks s and 2p - 1 - s,
-    so that the first stage has both ends of the model. Both ways (DualPipe): stage s holds chunk s for the micro-batches
-    of the first half of a step, and chunk p - 1 - s for those of the second half, which enter at the last stage.
+    so that the first stage has both ends of the model. Both ways (DualPipe): stage s holds chunk s for the first half
+    of a step's micro-batches, and chunk p - 1 - s for the second half, which enter at the last stage.
 
     Raises
     ------

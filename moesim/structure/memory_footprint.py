@@ -86,7 +86,8 @@ def stage_parameters(scenario: Scenario, sequence: LayerSequence, plan: StagePla
             total[stage] += sum(getattr(size, attribute) for size in sizes)
         return total
 
-    return StageParameters(*(per_stage(name) for name in ShardedSizes.__dataclass_fields__), copies=placed.directions)
+    sizes = {name: per_stage(name) for name in ShardedSizes.__dataclass_fields__}
+    return StageParameters(**sizes, copies=placed.directions)
 
 
 def local_parameters(context: LoweringContext, stages: StageParameters) -> tuple[FloatArray, FloatArray]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from moesim.structure.columns import FloatArray, IntArray
-from moesim.structure.step_graph import Operation
+from moesim.structure.step_graph import Phase
 
 Segment = Literal["head", "exchange_in", "experts", "exchange_out", "tail", "shared_first", "shared_second"]
 SEGMENTS: tuple[Segment, ...] = (
@@ -173,12 +173,31 @@ def interleaved_program(layers: int, *, has_shared_overlap: bool = False) -> Ove
     return OverlapProgram(tuple(tasks))
 
 
-def segment_shares(operations: Sequence[Operation], *, is_backward: bool) -> list[dict[Segment, float]]:
+class NamedOperation(Protocol):
+    """An operation of a table, or of a rank's stream."""
+
+    @property
+    def name(self) -> str:
+        """Operator, dotted."""
+        ...
+
+    @property
+    def phase(self) -> Phase:
+        """Pass that it belongs to."""
+        ...
+
+    @property
+    def stream(self) -> str:
+        """What executes it."""
+        ...
+
+
+def segment_shares(operations: Sequence[NamedOperation], *, is_backward: bool) -> list[dict[Segment, float]]:
     """How a MoE layer's operations spread over the segments of a phase.
 
     Parameters
     ----------
-    operations : sequence of Operation
+    operations : sequence of NamedOperation
         Tables of a layer, dense part and MoE part; those of other phases count nowhere.
     is_backward : bool
         Which phase: the backward pass runs the segments the other way round.

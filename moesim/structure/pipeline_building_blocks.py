@@ -13,8 +13,8 @@ INTERVAL = 6
 """Slots from one micro-batch to the next: three phases of two chunks, one slot each."""
 
 STRIDES: dict[str, tuple[int, int, int, int]] = {"v_min": (1, 1, 1, 1), "v_half": (2, 1, 2, 1)}
-"""Slots from stage to stage: forward down, forward up, input gradient down, input gradient up (section 3.3). A stage
-holds its two chunks for p times the sum of two strides, so the strides set the memory."""
+"""Slots from stage to stage: forward down, forward up, input gradient down, input gradient up. A stage holds its two
+chunks for about p times the sum of the strides, so they set the memory."""
 
 LOOK_AHEAD = 8
 """How many intervals an idle stage looks ahead for something to run."""

@@ -27,6 +27,21 @@ from moesim.structure.pipeline_orders import (
     zero_bubble_v_order,
 )
 
+__all__ = [
+    "BACKWARD",
+    "CLASSIC_SCHEDULES",
+    "FORWARD",
+    "INPUT_GRADIENT",
+    "SCHEDULES",
+    "WEIGHT_GRADIENT",
+    "Program",
+    "StageOrder",
+    "build_program",
+    "micro_batches_in_flight",
+    "overlapped_pairs",
+    "stage_order",
+]
+
 CLASSIC_SCHEDULES: tuple[str, ...] = ("gpipe", "one_f_one_b", "interleaved_one_f_one_b")
 """Schedules that run both gradients of a backward at once, on chunks placed in a loop."""
 SCHEDULES: tuple[str, ...] = (
@@ -128,7 +143,8 @@ def stage_order(schedule: str, stage: int, stages: int, virtual_stages: int, mic
             return dual_pipe_order(stage, stages, micro_batches)
         case "dualpipe_v":
             return order_of_rounds(dual_pipe_v_rounds(stage, stages, micro_batches))
-    raise ValueError(f"unknown pipeline schedule {schedule!r}")
+        case _:
+            raise ValueError(f"unknown pipeline schedule {schedule!r}")
 
 
 def overlapped_pairs(schedule: str, stage: int, stages: int, micro_batches: int) -> list[int]:
@@ -143,7 +159,8 @@ def overlapped_pairs(schedule: str, stage: int, stages: int, micro_batches: int)
             return pairs_of_rounds(dual_pipe_rounds(stage, stages, micro_batches))
         case "dualpipe_v":
             return pairs_of_rounds(dual_pipe_v_rounds(stage, stages, micro_batches))
-    return []
+        case _:
+            return []
 
 
 @lru_cache(maxsize=512)

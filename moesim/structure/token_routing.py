@@ -17,6 +17,10 @@ BURST_PROBABILITY = 0.1
 EXPECTATION_DRAWS = 64
 DRAWN_SHARES = 4_000_000
 PLACEMENT_SEED = 0
+EVEN_PRESETS = ("W0", "W4")
+"""Presets whose rows are spread evenly over the experts, not drawn."""
+DRAWN_KINDS = ("power_law", "dirichlet")
+"""Kinds of imbalance whose shares are random."""
 
 
 def draw(
@@ -59,18 +63,36 @@ def draw(
     if num_experts % num_ranks:
         raise ValueError(f"{num_experts} experts do not divide over {num_ranks} ranks")
     generator = np.random.default_rng([seed, step, layer])
-    if preset == "W7":
-        burst = np.random.default_rng([seed, step]).random() < BURST_PROBABILITY  # of the step, not of each layer
-        preset = "W1" if burst else "W0"
-    sources = np.full(num_ranks, tokens_per_rank, dtype=np.int64)
-    if preset == "W4":
-        ragged = generator.uniform(0.5, 1.5, num_ranks)
-        sources = np.round(tokens_per_rank * ragged).astype(np.int64)
+    preset = drawn_preset(preset, step, seed)
+    sources = source_tokens(preset, tokens_per_rank, num_ranks, generator)
     share = preset_shares(preset, num_experts, num_ranks, step, generator)
-    totals = sources * experts_per_token
-    if preset in ("W0", "W4"):
-        return _even_rows(totals, num_experts)
-    return np.stack([generator.multinomial(total, share) for total in totals]).astype(np.int64)
+    return routed_rows(preset, share, sources * experts_per_token, generator)
+
+
+def drawn_preset(preset: str, step: int, seed: int) -> str:
+    """Preset that a step draws from: W7 bursts as a whole step, not layer by layer; the others are themselves."""
+    if preset != "W7":
+        return preset
+    return "W1" if np.random.default_rng([seed, step]).random() < BURST_PROBABILITY else "W0"
+
+
+def source_tokens(
+    preset: str, tokens_per_rank: int, num_ranks: int, generator: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Tokens of each source rank, shape (num_ranks,): equal but for W4."""
+    if preset != "W4":
+        return np.full(num_ranks, tokens_per_rank, dtype=np.int64)
+    ragged = generator.uniform(0.5, 1.5, num_ranks)
+    return np.round(tokens_per_rank * ragged).astype(np.int64)
+
+
+def routed_rows(
+    preset: str, share: npt.NDArray[np.float64], totals: npt.NDArray[np.int64], generator: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Assignments of each source rank to each expert, shape (len(totals), len(share)): even rows or a multinomial."""
+    if preset in EVEN_PRESETS:
+        return _even_rows(totals, len(share))
+    return np.asarray(generator.multinomial(totals, share), dtype=np.int64)
 
 
 def _even_rows(totals: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.int64]:
@@ -137,24 +159,55 @@ def expert_shares(
     """
     generator = np.random.default_rng(PLACEMENT_SEED)
     draws = max(2, min(EXPECTATION_DRAWS, DRAWN_SHARES // num_experts))
+    if kind == "preset":
+        return np.stack(_preset_rows(preset, num_experts, num_ranks, generator, draws))
+    rows = [
+        drawn_shares(
+            kind,
+            num_experts,
+            num_ranks,
+            generator,
+            exponent=exponent,
+            concentration=concentration,
+            loads=loads,
+            max_over_mean=max_over_mean,
+        )
+        for _ in range(draws if kind in DRAWN_KINDS else 1)
+    ]
+    return np.stack(rows)
+
+
+def drawn_shares(
+    kind: str,
+    num_experts: int,
+    num_ranks: int,
+    generator: np.random.Generator,
+    *,
+    exponent: float = 0.0,
+    concentration: float = 1.0,
+    loads: Sequence[float] = (),
+    max_over_mean: float = 1.0,
+) -> npt.NDArray[np.float64]:
+    """One draw of the experts' shares under an imbalance kind that is no preset, shape (num_experts,).
+
+    A power law places its popularities in a random order, a Dirichlet draws them; the other kinds take nothing from
+    the generator.
+    """
     match kind:
         case "uniform":
-            rows = [np.full(num_experts, 1 / num_experts)]
+            return np.full(num_experts, 1 / num_experts)
         case "max_over_mean":
-            rows = [_one_rank_at(min(max_over_mean, num_ranks), 0, num_experts, num_ranks)]
+            return _one_rank_at(min(max_over_mean, num_ranks), 0, num_experts, num_ranks)
         case "power_law":
             popularity = np.arange(1, num_experts + 1, dtype=np.float64) ** -exponent
-            rows = [generator.permutation(popularity / popularity.sum()) for _ in range(draws)]
+            return generator.permutation(popularity / popularity.sum())
         case "dirichlet":
-            rows = [generator.dirichlet(np.full(num_experts, concentration)) for _ in range(draws)]
+            return generator.dirichlet(np.full(num_experts, concentration))
         case "histogram":
             measured = np.asarray(loads, dtype=np.float64)
-            rows = [measured / measured.sum()]
-        case "preset":
-            rows = _preset_rows(preset, num_experts, num_ranks, generator, draws)
+            return np.asarray(measured / measured.sum())
         case _:
             raise ValueError(f"unknown imbalance kind {kind!r}")
-    return np.stack(rows)
 
 
 def _preset_rows(

@@ -9,6 +9,7 @@ import pytest
 from random_scenarios import loaded, random_document, shipped_library, with_fields
 
 from moesim.describe.hardware import CommunicationKernels
+from moesim.engine.event_driven import simulate_step
 from moesim.errors import ScenarioError
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario, load
@@ -115,3 +116,17 @@ def test_what_has_no_meaning_is_refused_with_the_field(name, assignments, field)
     with pytest.raises(ScenarioError) as caught:
         load(name, assignments=assignments, library=shipped_library())
     assert field in [problem.field for problem in caught.value.problems]
+
+
+@pytest.mark.slow
+def test_both_engines_agree_under_explicit_overlap():
+    seen = 0
+    for seed in MOE[:30]:
+        for overlap in ({"expert_chunks": "auto"}, {"expert_chunks": 3}, {"two_micro_batches": True}):
+            if "two_micro_batches" in overlap and not has_two_micro_batches(seed):
+                continue
+            scenario = loaded(with_fields(random_document(seed), {"overlap": overlap}))
+            run = simulate_step(scenario.system, scenario.columns)
+            assert float(run.step_time_s[0]) == pytest.approx(estimate_loaded(scenario).step_time_s, rel=1e-9), seed
+            seen += 1
+    assert seen > 60

@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.engine.max_plus import gpipe_finish_s, pipeline_finish_s, program_finish_s
-from moesim.structure.pipeline_schedules import BACKWARD, FORWARD, build_program, stage_order
+from moesim.structure.chunk_placement import FOLDED_SCHEDULES, chunk_placement
+from moesim.structure.pipeline_schedules import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRADIENT,
+    SCHEDULES,
+    WEIGHT_GRADIENT,
+    build_program,
+    overlapped_pairs,
+    stage_order,
+)
 
 EXACT = 1e-12
 FloatArray = np.ndarray
@@ -225,3 +235,153 @@ def test_gpipe_of_two_stages_by_hand():
     forward, backward = np.array([[1.0], [2.0]]), np.array([[3.0], [1.0]])
     finish = gpipe_finish_s(np.array([2]), forward, backward, np.ones(1))
     assert finish[:, 0].tolist() == [14.0, 8.0]
+
+
+APART = SCHEDULES[3:]
+
+
+def chunks_of(schedule):
+    return 2 if schedule in FOLDED_SCHEDULES else 1
+
+
+def idle_s(schedule, stages, micro_batches, forward=1.0, backward=2.0, weight=1.0):
+    """What a step of equal chunks without transfers is longer than its work, and the longest of stages' own spans."""
+    virtual = chunks_of(schedule)
+    program = build_program(schedule, stages, virtual, micro_batches)
+    ones = np.ones((stages * virtual, 1))
+    ends = program_finish_s(program, forward * ones, backward * ones, np.zeros(1), weight * ones)[:, 0]
+    work = micro_batches * virtual * (forward + backward)
+    last = ends[program.last_of_stage]
+    begin = ends[program.first_of_stage] - forward
+    return last.max() - work, (last - begin).max() - work
+
+
+class TestPublishedBubbles:
+    """Forward, input and weight gradient of equal length (one second) unless said otherwise; no transfers."""
+
+    @pytest.mark.parametrize("stages", range(2, 13))
+    def test_zb_h1_idles_a_third_of_one_f_one_b(self, stages):
+        """(p - 1) (F + B - W), B the input gradient: arXiv:2401.10241, section 2."""
+        idle, _ = idle_s("zb_h1", stages, 3 * stages)
+        assert idle == pytest.approx(stages - 1, rel=EXACT)
+        assert idle == pytest.approx(idle_s("one_f_one_b", stages, 3 * stages)[0] / 3, rel=EXACT)
+
+    @pytest.mark.parametrize("schedule", ["zb_h2", "zb_v"])
+    @pytest.mark.parametrize("stages", range(2, 13))
+    def test_zb_h2_and_zb_v_idle_only_until_the_first_micro_batch_arrives(self, schedule, stages):
+        """No stage waits between its first and its last operation; a step that ends together waits p - 1 forwards."""
+        for micro_batches in (2 * stages - 1, 2 * stages, 5 * stages + 1):
+            whole, own = idle_s(schedule, stages, micro_batches)
+            assert own == pytest.approx(0.0, abs=1e-9)
+            assert whole == pytest.approx(stages - 1, rel=EXACT)
+
+    @pytest.mark.parametrize(("schedule", "rounds"), [("v_half", 1 / 2), ("v_min", 2 / 3)])
+    @pytest.mark.parametrize("stages", [2, 4, 8, 12, 16])
+    def test_v_half_and_v_min_idle_about_as_published(self, schedule, rounds, stages):
+        """About p / 2m and 2p / 3m (github.com/sail-sg) of the work, 6 s per micro-batch; not growing with m."""
+        idle = idle_s(schedule, stages, 4 * stages)[0]
+        assert idle == pytest.approx(rounds * stages * 6, abs=5)
+        assert idle == pytest.approx(idle_s(schedule, stages, 10 * stages)[0], rel=EXACT)
+
+    @pytest.mark.parametrize("stages", [2, 4, 8, 12, 16])
+    @pytest.mark.parametrize(("forward", "weight"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5), (1.5, 1.1)])
+    def test_dualpipe_idles_as_published_where_an_input_gradient_takes_a_forward(self, stages, forward, weight):
+        """(p / 2 - 1) (F&B + B - 3 W), B both gradients, F&B a pair in turn: arXiv:2412.19437, table 2; W <= F."""
+        backward = forward + weight
+        published = (stages / 2 - 1) * (forward + backward + backward - 3 * weight)
+        idle = idle_s("dualpipe", stages, 4 * stages, forward, backward, weight)[0]
+        assert idle == pytest.approx(published, rel=1e-9, abs=1e-9)
+        halved = idle_s("dualpipe_v", stages // 2, 4 * stages, forward, backward, weight)[0]
+        assert halved == pytest.approx(published, rel=1e-9, abs=1e-9)
+
+
+def random_split_times(generator, chunks, cases):
+    forward, backward, hop = random_times(generator, chunks, cases)
+    return forward, backward, hop, backward * generator.integers(1, 4, (chunks, cases)) / 4
+
+
+@pytest.mark.parametrize("schedule", APART)
+@pytest.mark.parametrize("stages", [2, 4, 6])
+def test_skipped_periods_of_gradients_apart_are_exact(schedule, stages):
+    generator = np.random.default_rng([stages, len(schedule)])
+    virtual = chunks_of(schedule)
+    for micro_batches in (13 * stages + stages % 2, 30 * stages + 2):
+        times = random_split_times(generator, stages * virtual, 32)
+        program = build_program(schedule, stages, virtual, micro_batches)
+        expected = program_finish_s(program, *times)[program.last_of_stage]
+        actual = pipeline_finish_s(schedule, virtual, np.full(32, micro_batches), *times)
+        np.testing.assert_allclose(actual, expected, rtol=EXACT, err_msg=f"{micro_batches} micro-batches")
+
+
+def split_longest_path_s(schedule, stages, micro_batches, times):
+    """End of each stage by networkx, pairs as one node, what each needs written down anew from the chunks' stages."""
+    virtual = chunks_of(schedule)
+    placed, (forward, backward, hop, weight) = chunk_placement(schedule, stages, virtual), times
+    seconds = {
+        FORWARD: forward,
+        BACKWARD: backward,
+        INPUT_GRADIENT: backward - weight,
+        WEIGHT_GRADIENT: weight,
+    }
+    graph, node_of, stage_of, lasts, length = networkx.DiGraph(), {}, {}, [], {}
+    for stage in range(stages):
+        order = stage_order(schedule, stage, stages, virtual, micro_batches)
+        firsts = set(overlapped_pairs(schedule, stage, stages, micro_batches))
+        before = None
+        for place, (phase, index, local) in enumerate(order):
+            kind = "B" if phase in (BACKWARD, INPUT_GRADIENT) else "FxxW"[phase]
+            chunk = int(placed.held[stage, local])
+            if place - 1 in firsts:
+                node = before
+            else:
+                node = (stage, place)
+                graph.add_node(node)
+                length[node] = 0.0
+                if before is not None:
+                    graph.add_edge(before, node, delay=0.0)
+            length[node] += float(seconds[phase][chunk, 0])
+            node_of[kind, chunk, index], stage_of[node] = node, stage
+            before = node
+        lasts.append(before)
+    for (kind, chunk, index), node in node_of.items():
+        source = {
+            "F": ("F", chunk - 1, index),
+            "B": ("B", chunk + 1, index) if chunk + 1 < placed.chunks else ("F", chunk, index),
+            "W": ("B", chunk, index),
+        }[kind]
+        if source in node_of and node_of[source] != node:
+            delay = float(hop[0]) if stage_of[node_of[source]] != stage_of[node] else 0.0
+            known = graph.get_edge_data(node_of[source], node, {"delay": 0.0})["delay"]
+            graph.add_edge(node_of[source], node, delay=max(delay, known))
+    ends = {}
+    for node in networkx.topological_sort(graph):
+        arrivals = [ends[source] + delay for source, _, delay in graph.in_edges(node, data="delay")]
+        ends[node] = max(arrivals, default=0.0) + length[node]
+    return np.array([ends[last] for last in lasts])
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.sampled_from(APART), st.integers(1, 6), st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_finish_times_with_gradients_apart_equal_the_longest_path(schedule, stages, count, seed):
+    if schedule == "dualpipe":
+        stages += stages % 2
+    if schedule.startswith("dualpipe"):
+        count = 2 * stages + count + count % 2
+    times = random_split_times(np.random.default_rng(seed), stages * chunks_of(schedule), 1)
+    expected = split_longest_path_s(schedule, stages, count, times)
+    actual = pipeline_finish_s(schedule, chunks_of(schedule), np.array([count]), *times)[:, 0]
+    np.testing.assert_allclose(actual, expected, rtol=EXACT)
+
+
+def test_weight_gradients_do_not_change_schedules_that_run_them_with_the_input_gradients():
+    forward, backward, hop, weight = random_split_times(np.random.default_rng(4), 8, 16)
+    for schedule, virtual, count in (("gpipe", 1, 9), ("one_f_one_b", 1, 40), ("interleaved_one_f_one_b", 2, 12)):
+        whole = pipeline_finish_s(schedule, virtual, np.full(16, count), forward, backward, hop)
+        split = pipeline_finish_s(schedule, virtual, np.full(16, count), forward, backward, hop, weight)
+        assert (whole == split).all()
+
+
+def test_gradients_apart_need_the_seconds_of_the_weight_gradients():
+    ones = np.ones((4, 1))
+    with pytest.raises(ValueError, match="zb_h1"):
+        pipeline_finish_s("zb_h1", 1, np.array([8]), ones, ones, np.zeros(1))

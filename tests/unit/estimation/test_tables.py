@@ -23,6 +23,7 @@ from moesim.estimation.tables import (
     joined_tables,
 )
 from moesim.resources import data_directory, find_scenario
+from moesim.structure.pipeline_schedules import SCHEDULES
 
 SPACES = data_directory("scenarios") / "spaces"
 
@@ -122,6 +123,22 @@ class TestTableEqualsEstimates:
         assert "ok" in verdicts
         for row, values in enumerate(product(*axes.values())):
             assert tuple(space.row_values(row).values()) == values
+
+    def test_rows_of_every_pipeline_schedule(self):
+        """Weight gradients apart, chunks in a V and both ways: legal and illegal rows, several stages and batches."""
+        axes = {
+            "parallelism.pipeline.schedule": list(SCHEDULES),
+            "parallelism.pipeline.virtual_stages": [1, 2],
+            "parallelism.pipeline.stages": [2, 4],
+            "workload.sequences_per_step": [64, 256, 2048],
+        }
+        base = assign(read_document(find_scenario("mixtral_8x7b")), "parallelism.data", "auto")
+        space = grid(base, axes)
+        table = estimate_many(space)
+        verdicts = [assert_row_equals_estimate(table, row, document_of_row(space, row)) for row in range(len(space))]
+        legal = [row for row in range(len(space)) if verdicts[row] != "illegal"]
+        assert {space.row_values(row)["parallelism.pipeline.schedule"] for row in legal} == set(SCHEDULES)
+        assert len(legal) < len(space)
 
     @pytest.mark.slow
     def test_a_list_of_random_scenarios(self):

@@ -20,6 +20,7 @@ from moesim.structure.legality import Rule, first_broken_rule, legality_rules, r
 Shipped = Callable[..., LoadedScenario]
 M6T, MIXTRAL = "m6t_1t_v100x480", "mixtral_8x7b"
 ONE_F_ONE_B = ("parallelism.pipeline.schedule=one_f_one_b", "parallelism.pipeline.virtual_stages=1")
+DUALPIPE = ("parallelism.pipeline.schedule=dualpipe", "parallelism.pipeline.virtual_stages=1")
 
 # rule, code, field, scenario, assignments, numbers the message must show, words of the remedy
 CASES = [
@@ -180,6 +181,42 @@ CASES = [
         "sequences_per_step",
     ),
     (
+        "schedule_needs_two_chunks",
+        "E-SCN-011",
+        "parallelism.pipeline.virtual_stages",
+        MIXTRAL,
+        ("parallelism.pipeline.schedule=v_half",),
+        ("8", "v_half"),
+        "virtual_stages: 2",
+    ),
+    (
+        "dualpipe_needs_even_stages",
+        "E-SCN-004",
+        "parallelism.pipeline.stages",
+        MIXTRAL,
+        (*DUALPIPE, "devices=48", "parallelism.pipeline.stages=3"),
+        ("3",),
+        "dualpipe_v",
+    ),
+    (
+        "dualpipe_needs_even_micro_batches",
+        "E-SCN-004",
+        "parallelism.pipeline.schedule",
+        MIXTRAL,
+        (*DUALPIPE, "workload.sequences_per_step=144"),
+        ("9",),
+        "sequences_per_step",
+    ),
+    (
+        "dualpipe_needs_micro_batches",
+        "E-SCN-011",
+        "parallelism.pipeline.schedule",
+        MIXTRAL,
+        (*DUALPIPE, "workload.sequences_per_step=96"),
+        ("6", "4"),
+        "more micro-batches",
+    ),
+    (
         "experts_not_divisible",
         "E-SCN-004",
         "parallelism.expert",
@@ -309,7 +346,7 @@ def test_a_broken_rule_is_told_with_its_numbers_and_a_remedy(case: tuple) -> Non
 def test_every_rule_is_broken_by_a_case() -> None:
     written = re.findall(r'Rule\(\s*f?"([a-z_0-9{}]+)"', inspect.getsource(legality))
     names = {name.replace("{side}", side) for name in written for side in ("target", "source")}
-    assert len(names) >= 23
+    assert len(names) >= 27
     assert names == {case[0] for case in CASES}
 
 
