@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from moesim.cost.collectives import collective_time
 from moesim.cost.communication_libraries import CollectiveTime
 from moesim.cost.host_times import host_step_time_s
 from moesim.cost.operators import Hardware
+from moesim.cost.segment_times import reduction_loss
 from moesim.describe.hardware import Device
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
@@ -17,6 +19,7 @@ from moesim.structure.chunk_placement import placement_name
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.memory_footprint import StageParameters, local_parameters, unfactored_moments
+from moesim.structure.overlap_programs import bucket_count
 from moesim.structure.placement import ProcessGroup, gradient_group, group_columns, process_group
 from moesim.structure.step_graph import Collective, CollectiveKind
 
@@ -30,7 +33,8 @@ class StateCosts:
     ``reduction_s`` gradients after the last micro-batch (hides under its backward), ``update_gather_s`` updated
     parameters (hides under the next forward), ``pass_gather_s`` ZeRO-3 parameters per pass and ``pass_scatter_s``
     ZeRO-2/3 gradients per micro-batch, ``optimizer_s`` the update itself, ``host_s``
-    what the host adds to it once per step.
+    what the host adds to it once per step. ``reduction_buckets`` that gradients are reduced in one by one, 0 where the
+    stack decides; ``reduction_loss`` what computing loses of its speed meanwhile.
     """
 
     reduction_s: FloatArray
@@ -41,6 +45,8 @@ class StateCosts:
     host_s: FloatArray
     ideal_communication_s: FloatArray
     ideal_optimizer_s: FloatArray
+    reduction_buckets: FloatArray
+    reduction_loss: float
 
 
 def state_cost_columns(scenario: Scenario) -> tuple[str, ...]:
@@ -65,13 +71,18 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     zero = np.broadcast_to(columns["zero_stage"], dense.shape)
     held = state_collectives(context, stages)
 
-    def both(kind: CollectiveKind, width: float) -> CollectiveTime:
-        times = [_time(kind, size * width, group, hardware) for size, group in held]
+    def both(kind: CollectiveKind, width: float, pieces: Sequence[FloatArray] | None = None) -> CollectiveTime:
+        counts = pieces or [np.ones(1), np.ones(1)]
+        times = [
+            _time(kind, size * width / np.maximum(count, 1.0), group, hardware, np.maximum(count, 1.0))
+            for (size, group), count in zip(held, counts, strict=True)
+        ]
         return CollectiveTime(times[0].modelled_s + times[1].modelled_s, times[0].ideal_s + times[1].ideal_s)
 
     reduced = PRECISION_BYTES[scenario.precision.reduction]
     stored = PRECISION_BYTES[scenario.precision.parameters]
-    whole, scattered = both("all_reduce", reduced), both("reduce_scatter", reduced)
+    buckets = _buckets(scenario.overlap.gradient_bucket, [size * reduced for size, _ in held], zero)
+    whole, scattered = both("all_reduce", reduced, buckets), both("reduce_scatter", reduced, buckets)
     gathered = both("all_gather", stored)
     reduction = whole.modelled_s * (zero == 0) + scattered.modelled_s * (zero == 1)
     ideal = whole.ideal_s * (zero == 0) + scattered.ideal_s * (zero == 1) + gathered.ideal_s * (zero == 1)
@@ -91,7 +102,16 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
         host_s=np.maximum(host_s - optimizer_s, 0.0),
         ideal_communication_s=ideal,
         ideal_optimizer_s=ideal_optimizer_s,
+        reduction_buckets=buckets[0] + buckets[1],
+        reduction_loss=reduction_loss(hardware, context.stack.communication_kernels),
     )
+
+
+def _buckets(bucket_bytes: float | None, num_bytes: Sequence[FloatArray], zero: FloatArray) -> list[FloatArray]:
+    """Buckets of gradients that are reduced once per step, by kind of parameters, (stages, n_cases); 0 without any."""
+    if bucket_bytes is None:
+        return [np.zeros(zero.shape) for _ in num_bytes]
+    return [bucket_count(size, bucket_bytes) * ((zero < 2) & (size > 0)) for size in num_bytes]
 
 
 def state_collectives(
@@ -119,15 +139,21 @@ def state_collectives(
     )
 
 
-def _time(kind: CollectiveKind, num_bytes: FloatArray, group: ProcessGroup, hardware: Hardware) -> CollectiveTime:
-    """Collective over a (stages, n_cases) block of sizes."""
+def _time(
+    kind: CollectiveKind,
+    num_bytes: FloatArray,
+    group: ProcessGroup,
+    hardware: Hardware,
+    count: FloatArray | float = 1.0,
+) -> CollectiveTime:
+    """``count`` collectives, one after the other, over a (stages, n_cases) block of sizes."""
     shape = num_bytes.shape
     wide = ProcessGroup(
         np.broadcast_to(group.size, shape).ravel().astype(np.float64),
         np.broadcast_to(group.stride, shape).ravel().astype(np.float64),
     )
     times = collective_time(Collective(kind, num_bytes.ravel(), wide), hardware.fabric)
-    return CollectiveTime(times.modelled_s.reshape(shape), times.ideal_s.reshape(shape))
+    return CollectiveTime(times.modelled_s.reshape(shape) * count, times.ideal_s.reshape(shape) * count)
 
 
 def _mirror_exchange(

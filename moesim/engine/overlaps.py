@@ -311,8 +311,41 @@ def bucketed_reduction_s(
     return time_s, beside_s
 
 
+def hidden_reduction_s(
+    reduction_s: FloatArray,
+    backward_s: FloatArray,
+    achieved: float,
+    buckets: FloatArray,
+    loss: float = 0.0,
+) -> FloatArray:
+    """How much less than its own time the gradients' reduction adds to a step.
+
+    Parameters
+    ----------
+    reduction_s, backward_s : ndarray
+        Reduction of a stage, and its backward pass of the last micro-batch.
+    achieved : float
+        Share that the stack hides where it is not told how.
+    buckets : ndarray
+        Buckets that are reduced one by one during the backward pass; 0 where the stack's share counts.
+    loss : float
+        Part of its speed that computing loses while a bucket is reduced.
+    """
+    as_achieved = np.minimum(reduction_s * achieved, backward_s)
+    if not np.any(buckets):
+        return as_achieved
+    count = np.maximum(buckets, 1.0)
+    time_s, _ = bucketed_reduction_s(backward_s, reduction_s / count, count, loss)
+    return np.where(buckets > 0, np.clip(reduction_s - (time_s - backward_s), 0.0, reduction_s), as_achieved)
+
+
 def prefetched_s(
-    compute_s: FloatArray, gather_s: FloatArray, layers: FloatArray, loss: FloatArray | float = 0.0
+    compute_s: FloatArray,
+    gather_s: FloatArray,
+    layers: FloatArray,
+    scatter_s: FloatArray | float = 0.0,
+    *,
+    loss: FloatArray | float = 0.0,
 ) -> FloatArray:
     """A pass over layers whose parameters are gathered one layer ahead (FSDP, ZeRO-3).
 
@@ -322,8 +355,10 @@ def prefetched_s(
         Computing and gathers of all layers together, alike in every layer.
     layers : ndarray of shape (n_cases,)
         Layers of the pass.
+    scatter_s : ndarray of shape (n_cases,) or float
+        Reductions of the layers' gradients, each while the next layer is computed.
     loss : ndarray of shape (n_cases,) or float
-        Part of its speed that computing loses while a gather runs.
+        Part of its speed that computing loses while communication runs.
 
     Returns
     -------
@@ -332,9 +367,16 @@ def prefetched_s(
 
     Notes
     -----
-    The gather of layer i + 1 starts with layer i's computing: t = a + (n - 1) max(a, g') + g with a, g of one layer and
-    g' = g + loss a (or what is slowed while the gather lasts, if that is less than all of g).
+    The gather of layer i + 1 starts with layer i's computing, the reduction of layer i - 1 follows it: with a, r, g of
+    one layer t = a + g1 + (n - 2) max(a + r, g2) + gn + r, where g2 = g + loss (a + r), or all of g slowed if that is
+    less; in the first layer there is nothing to reduce yet and in the last nothing left to gather.
     """
-    gather, compute = gather_s / layers, compute_s / layers
-    slowed = np.minimum(compute + loss * gather, compute / (1.0 - loss))
-    return np.asarray(gather + (layers - 1.0) * np.maximum(gather, slowed) + compute)
+    gather, compute, scatter = gather_s / layers, compute_s / layers, scatter_s / layers
+
+    def beside(communication: FloatArray) -> FloatArray:
+        slowed = np.minimum(compute + loss * communication, compute / (1.0 - loss))
+        return np.asarray(np.maximum(communication, slowed))
+
+    ends = beside(gather) + beside(scatter + 0.0 * gather)
+    inner = (layers - 2.0) * beside(gather + scatter) + ends
+    return np.asarray(gather + np.where(layers > 1, inner, compute) + scatter)

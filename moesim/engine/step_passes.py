@@ -133,6 +133,15 @@ class PreparedStep:
         forward, backward = (float(part[chunk, case]) for part in self.evaluation.times.zero_pass_s)
         return {FORWARD: forward, BACKWARD: backward, INPUT_GRADIENT: backward}
 
+    def zero_overlap(self, chunk: int) -> dict[int, float]:
+        """Share of them that hides: as the stack achieves, or as prefetching does."""
+        if not self.system.scenario.overlap.prefetch:
+            return dict.fromkeys((FORWARD, BACKWARD, INPUT_GRADIENT), self.evaluation.data_parallel_overlap)
+        case, times, whole = self.evaluation.pass_case[0], self.evaluation.times, self.zero_s(chunk)
+        forward, backward = (float(part[chunk, case]) for part in times.zero_pass_hidden_s)
+        hidden = {FORWARD: forward, BACKWARD: backward, INPUT_GRADIENT: backward}
+        return {phase: hidden[phase] / whole[phase] if whole[phase] else 0.0 for phase in hidden}
+
 
 def prepare_step(system: System, columns: Columns) -> PreparedStep:
     """Price a scenario, resolved and legal, and lay out its pipeline.
@@ -183,7 +192,7 @@ class _PassBuilder:
                 groups=tuple(self._groups(stage, self.step.chunks[chunk])),
                 rule=self.rule,
                 zero_s=self.step.zero_s(chunk),
-                zero_overlap=self.step.evaluation.data_parallel_overlap,
+                zero_overlap=self.step.zero_overlap(chunk),
                 host_delay_s=self.delays[stage].host_delay_s,
             )
         return self.blocks[stage, chunk].chunk_pass(phase)

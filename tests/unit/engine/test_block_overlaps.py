@@ -9,6 +9,7 @@ import pytest
 from random_scenarios import loaded, random_document, shipped_library, with_fields
 
 from moesim.describe.hardware import CommunicationKernels
+from moesim.engine.contended_steps import contended_step
 from moesim.engine.event_driven import simulate_step
 from moesim.errors import ScenarioError
 from moesim.estimation.estimate import estimate_loaded
@@ -130,3 +131,60 @@ def test_both_engines_agree_under_explicit_overlap():
             assert float(run.step_time_s[0]) == pytest.approx(estimate_loaded(scenario).step_time_s, rel=1e-9), seed
             seen += 1
     assert seen > 60
+
+
+def achieved(scenario: LoadedScenario, data_parallel: float) -> LoadedScenario:
+    """The same under a stack that hides another share of the gradients' reduction and of ZeRO's collectives."""
+    stack = scenario.system.stack
+    overlap = stack.overlap.model_copy(update={"data_parallel": data_parallel})
+    return replace(scenario, system=replace(scenario.system, stack=stack.model_copy(update={"overlap": overlap})))
+
+
+@pytest.mark.parametrize("name", ["m6t_1t_v100x480", "switch_base", "deepseek_v3"])
+def test_one_bucket_hides_nothing_of_the_reduction(name):
+    plain = load(name, assignments=["parallelism.zero_stage=0"], library=shipped_library())
+    exposed = estimate_loaded(achieved(plain, 0.0)).step_time_s
+    one = answer(name, "parallelism.zero_stage=0", "overlap.gradient_bucket=100 TB").step_time_s
+    assert one == pytest.approx(exposed, rel=1e-9)
+
+
+def test_the_best_bucket_lies_between_one_and_many():
+    """One bucket waits for the whole backward pass, tiny ones pay their latency each."""
+    sizes = ("100 TB", "25 MB", "1 MB", "10 kB")
+    times = [answer("m6t_1t_v100x480", f"overlap.gradient_bucket={size}").step_time_s for size in sizes]
+    assert times[1] < min(times[0], times[3])
+    hidden = answer("m6t_1t_v100x480", "overlap.gradient_bucket=25 MB").to_json()["breakdown_s"]["data_parallel"]
+    assert hidden["hidden"] > hidden["exposed"]
+
+
+def test_prefetching_leaves_the_first_gather_and_the_last_reduction():
+    """Without loss and with short collectives, of L layers' gathers and reductions 1/L stays exposed in each pass."""
+    plain = load("m6t_base_v100", assignments=["parallelism.zero_stage=3"], library=shipped_library())
+    whole = estimate_loaded(achieved(plain, 0.0)).to_json()["breakdown_s"]["data_parallel"]["exposed"]
+    found = answer("m6t_base_v100", "parallelism.zero_stage=3", "overlap.prefetch=true")
+    parts = found.to_json()["breakdown_s"]["data_parallel"]
+    layers = sum(run.count for run in plain.scenario.model.layers)
+    assert parts["exposed"] == pytest.approx(whole / layers, rel=0.01)
+    assert parts["exposed"] + parts["hidden"] == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_all_engines_agree_on_buckets_and_prefetching():
+    seen = 0
+    for seed in range(45):
+        fields = random_document(seed)
+        if fields["workload"]["kind"] != "training":
+            continue
+        bucketed = with_fields(fields, {"overlap.gradient_bucket": "25 MB"})
+        for document in (bucketed, with_fields(fields, {"overlap.prefetch": True, "parallelism.zero_stage": 3})):
+            scenario = loaded(document)
+            expected = estimate_loaded(scenario)
+            parts = expected.to_json()["breakdown_s"]
+            assert all(part["exposed"] >= 0 and part["hidden"] >= 0 for part in parts.values()), seed
+            run = simulate_step(scenario.system, scenario.columns)
+            assert float(run.step_time_s[0]) == pytest.approx(expected.step_time_s, rel=1e-9), seed
+            if scenario.columns["num_micro_batches"][0] * scenario.columns["stages"][0] < 40:
+                closed = contended_step(scenario.system, scenario.columns, network="closed")
+                assert closed.step_time_s == pytest.approx(expected.step_time_s, rel=1e-9), seed
+            seen += 1
+    assert seen > 40

@@ -204,7 +204,17 @@ def test_prefetching_takes_the_time_of_its_program(layers, loss):
     program = prefetch_program(layers)
     parts = {"experts": compute_s / layers, "exchange_in": gather_s / layers}
     times = run_overlap(program, task_seconds(program, [parts]), loss)
-    np.testing.assert_allclose(prefetched_s(compute_s, gather_s, np.full(NUM_CASES, float(layers)), loss), times.time_s)
+    found = prefetched_s(compute_s, gather_s, np.full(NUM_CASES, float(layers)), loss=loss)
+    np.testing.assert_allclose(found, times.time_s)
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.3])
+def test_gathers_and_reductions_of_layers_hide_but_for_the_first_and_the_last(loss):
+    """Long compute: a gather and a reduction stand alone, the others only slow; short compute: all of them count."""
+    one, layers = np.ones(1), np.full(1, 10.0)
+    slowed = loss * (9 + 9) * 0.1
+    assert prefetched_s(100 * one, one, layers, one, loss=loss) == pytest.approx(100 + 0.1 + 0.1 + slowed)
+    assert prefetched_s(0 * one, one, layers, one, loss=loss) == pytest.approx(2.0)
 
 
 def test_tasks_that_wait_for_each_other_are_noticed():
