@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from moesim.cost.collectives import collective_time
 from moesim.cost.communication_libraries import CollectiveTime
@@ -24,6 +25,8 @@ from moesim.structure.placement import ProcessGroup, gradient_group, group_colum
 from moesim.structure.step_graph import Collective, CollectiveKind
 
 OPTIMIZER_KERNELS = 1
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
 
     reduced = PRECISION_BYTES[scenario.precision.reduction]
     stored = PRECISION_BYTES[scenario.precision.parameters]
-    buckets = _buckets(scenario.overlap.gradient_bucket, [size * reduced for size, _ in held], zero)
+    bucket_bytes = scenario.overlap.gradient_bucket
+    buckets = [_buckets(bucket_bytes, size * reduced, (zero < 2) & (group.size > 1)) for size, group in held]
     whole, scattered = both("all_reduce", reduced, buckets), both("reduce_scatter", reduced, buckets)
     gathered = both("all_gather", stored)
     reduction = whole.modelled_s * (zero == 0) + scattered.modelled_s * (zero == 1)
@@ -107,11 +111,11 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     )
 
 
-def _buckets(bucket_bytes: float | None, num_bytes: Sequence[FloatArray], zero: FloatArray) -> list[FloatArray]:
-    """Buckets of gradients that are reduced once per step, by kind of parameters, (stages, n_cases); 0 without any."""
+def _buckets(bucket_bytes: float | None, num_bytes: FloatArray, are_reduced: BoolArray) -> FloatArray:
+    """Buckets of gradients where they are reduced once per step, (stages, n_cases); 0 where the stack decides."""
     if bucket_bytes is None:
-        return [np.zeros(zero.shape) for _ in num_bytes]
-    return [bucket_count(size, bucket_bytes) * ((zero < 2) & (size > 0)) for size in num_bytes]
+        return np.zeros(num_bytes.shape)
+    return bucket_count(num_bytes, bucket_bytes) * (are_reduced & (num_bytes > 0))
 
 
 def state_collectives(

@@ -56,15 +56,15 @@ def test_private_links_give_the_time_of_max_plus(name):
 @pytest.mark.slow
 def test_private_links_give_the_time_of_max_plus_in_random_scenarios():
     seen = 0
-    for seed in range(80):
+    for seed in range(60):
         scenario = loaded(random_document(seed))
         columns = scenario.columns
-        if columns["num_micro_batches"][0] * columns["stages"][0] * columns["virtual_stages"][0] > 150:
+        if columns["num_micro_batches"][0] * columns["stages"][0] * columns["virtual_stages"][0] > 60:
             continue
         found = contended_step(scenario.system, scenario.columns, network="closed")
         assert found.step_time_s == pytest.approx(estimate_loaded(scenario).step_time_s, rel=1e-9), seed
         seen += 1
-    assert seen > 50
+    assert seen > 30
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mixtral_8x7b", SHARED_NIC])
