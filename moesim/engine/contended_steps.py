@@ -25,7 +25,7 @@ from moesim.engine.breakdowns import StepEnd
 from moesim.engine.event_kernel import EventKernel
 from moesim.engine.rank_max_plus import PassKey, zero_parts_s
 from moesim.engine.shared_links import FlappingLink, LinkTransfer, SharedLinks
-from moesim.engine.step_passes import PreparedStep, StageDelays, prepare_step
+from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.step_transfers import StepTransfers, step_transfers
 from moesim.engine.stream_times import ChunkPass, Scope, Stretch, TimedOperation
 from moesim.errors import SimulationError
@@ -117,8 +117,7 @@ def contended_step(
         If a transfer never ends.
     """
     step = prepare_step(system, columns)
-    alike = StageDelays(np.ones((1, 1)), np.zeros((1, 1)))
-    passes = step.passes({}, dict.fromkeys(range(step.stages), alike))
+    passes = step.passes([{}], lambda _: np.ones((1, 1)))
     transfers = step_transfers(step)
     run = _Run(step, passes, transfers if network == "shared" else transfers.on_private_links(), faults, tie_order)
     run.finish()

@@ -6,65 +6,74 @@ is there, a collective when its last member is. Where loads are even and all ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moesim.engine.analytical import System
-from moesim.engine.breakdowns import StepEnd
 from moesim.engine.rank_max_plus import (
     FoldedPass,
     Groups,
     NodeTimes,
     PassKey,
     folded,
-    meet_for_gradients,
     node_times,
     sums_by_category,
 )
-from moesim.engine.step_passes import PreparedStep, StageDelays, prepare_step
+from moesim.engine.step_ends import StepEndTimes, step_end_times
+from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.stream_times import RankSeconds
 from moesim.engine.timeline_recording import StepRecord, recorded_timeline
 from moesim.engine.timelines import Timeline
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.rank_programs import StageRanks
 
+Loads = RankSeconds | Sequence[RankSeconds]
 CELLS_AT_ONCE = 16_000_000
 """Passes x draws x ranks that are run together: 128 MB for each array over them."""
 
 
 @dataclass(frozen=True)
-class Perturbations:
-    """What makes ranks differ beside their load; arrays over all ranks of the step, (n_ranks,) or (n_draws, n_ranks).
-
-    A slower link is a slower fabric of the system that is simulated.
+class RankDelays:
+    """What makes ranks differ beside their load; the first axis, draws, may be left out where all are alike.
 
     Attributes
     ----------
-    compute_factor : ndarray or None
+    compute_factor : ndarray of shape (n_draws, all ranks) or None
         How many times longer each rank computes.
-    host_delay_s : ndarray or None
-        Seconds that each rank's host takes longer for every stretch it issues (a chunk's pass, or a layer's where the
-        stack waits for counts).
+    host_late_s : ndarray of shape (n_draws, all ranks, passes) or None
+        What each rank's host takes longer to issue each of its passes, in the order in which its stage runs them.
     """
 
     compute_factor: FloatArray | None = None
-    host_delay_s: FloatArray | None = None
+    host_late_s: FloatArray | None = None
 
-    def of_stage(self, ranks: StageRanks, stage: int, draws: slice) -> StageDelays:
-        """Those of a stage's ranks in some draws."""
+    @property
+    def draws(self) -> int:
+        """Draws there are; 0 where nothing is given."""
+        given = [(self.compute_factor, 2), (self.host_late_s, 3)]
+        return max(
+            (values.shape[0] if values.ndim == full else 1 for values, full in given if values is not None), default=0
+        )
 
-        def part(values: FloatArray | None, default: float) -> FloatArray:
-            if values is None:
-                return np.full((1, 1), default)
-            return draws_of(values, draws)[:, ranks.global_ranks(stage)]
+    def compute_factor_of(self, ranks: StageRanks, stage: int, draws: slice) -> FloatArray:
+        """Factors of a stage's ranks in some draws."""
+        if self.compute_factor is None:
+            return np.ones((1, 1))
+        return draws_of(self.compute_factor, draws)[:, ranks.global_ranks(stage)]
 
-        return StageDelays(part(self.compute_factor, 1.0), part(self.host_delay_s, 0.0))
-
-    def arrays(self) -> list[FloatArray]:
-        """Those that are given."""
-        return [values for values in (self.compute_factor, self.host_delay_s) if values is not None]
+    def host_late_of(self, step: PreparedStep, draws: slice) -> Callable[[int], FloatArray | None]:
+        """What hosts are late with a node in some draws."""
+        late_s = self.host_late_s
+        if late_s is None:
+            return lambda _: None
+        part = (late_s if late_s.ndim == 3 else late_s[None])[
+            draws if late_s.ndim == 3 and len(late_s) > 1 else slice(1)
+        ]
+        of_stage = [part[:, step.ranks.global_ranks(stage)] for stage in range(step.stages)]
+        stages, numbers = step.nodes.stage.tolist(), step.pass_number.tolist()
+        return lambda node: of_stage[stages[node]][:, :, min(numbers[node], part.shape[2] - 1)]
 
 
 def draws_of(values: FloatArray, draws: slice) -> FloatArray:
@@ -118,8 +127,8 @@ def simulate_step(
     system: System,
     columns: Columns,
     *,
-    loads: RankSeconds | None = None,
-    perturbations: Perturbations | None = None,
+    loads: Loads = (),
+    delays: RankDelays | None = None,
     timeline_ranks: Sequence[int] = (),
 ) -> SimulatedRun:
     """Simulate a step of one scenario.
@@ -130,11 +139,11 @@ def simulate_step(
         Scenario, profiles and rates.
     columns : Columns
         Resolved and legal, one row.
-    loads : mapping of (layer, phase, position in the MoE table) to ndarray, optional
+    loads : mapping of (layer, phase, position in the MoE table) to ndarray, or a sequence of such
         Seconds of operations that grow with load, broadcastable to (n_draws, ranks of a stage), ranks numbered as
-        ``StageRanks`` numbers them. Operations it lacks take what they take on the fullest rank under the scenario's
-        imbalance, on all ranks alike.
-    perturbations : Perturbations, optional
+        ``StageRanks`` numbers them; of several, one for each direction of the pipeline. Operations it lacks take what
+        they take on the fullest rank under the scenario's imbalance, on all ranks alike.
+    delays : RankDelays, optional
         What else makes ranks differ.
     timeline_ranks : sequence of int
         Global ranks to record in the first draw.
@@ -149,35 +158,36 @@ def simulate_step(
     ValueError
         If there is more than one row.
     """
-    return run_step(
-        prepare_step(system, columns), loads=loads, perturbations=perturbations, timeline_ranks=timeline_ranks
-    )
+    return run_step(prepare_step(system, columns), loads=loads, delays=delays, timeline_ranks=timeline_ranks)
 
 
 def run_step(
     step: PreparedStep,
     *,
-    loads: RankSeconds | None = None,
-    perturbations: Perturbations | None = None,
+    loads: Loads = (),
+    delays: RankDelays | None = None,
     timeline_ranks: Sequence[int] = (),
 ) -> SimulatedRun:
     """Simulate a prepared step; arguments as :func:`simulate_step`."""
-    seconds, delays = loads or {}, perturbations or Perturbations()
+    seconds, given = _by_direction(loads), delays or RankDelays()
     runs = [
-        _run_draws(step, seconds, delays, draws, timeline_ranks if draws.start == 0 else ())
-        for draws in draw_batches(step, seconds, delays)
+        _run_draws(step, seconds, given, draws, timeline_ranks if draws.start == 0 else ())
+        for draws in draw_batches(step, seconds, given)
     ]
     return runs[0] if len(runs) == 1 else joined_runs(runs)
 
 
-def draw_batches(step: PreparedStep, loads: RankSeconds, perturbations: Perturbations) -> Iterator[slice]:
+def _by_direction(loads: Loads) -> tuple[RankSeconds, ...]:
+    return (loads,) if isinstance(loads, Mapping) else tuple(loads) or ({},)
+
+
+def draw_batches(step: PreparedStep, loads: Sequence[RankSeconds], delays: RankDelays) -> Iterator[slice]:
     """Draws that are run together."""
-    given = [np.atleast_2d(values) for values in (*loads.values(), *perturbations.arrays())]
-    n_draws = max((len(values) for values in given), default=1)
-    width = step.ranks.count if given else 1
-    at_once = max(CELLS_AT_ONCE // (len(step.nodes) * width), 1)
-    for first in range(0, n_draws, at_once):
-        yield slice(first, min(first + at_once, n_draws))
+    given = [len(np.atleast_2d(values)) for seconds in loads for values in seconds.values()]
+    n_draws = max((*given, delays.draws), default=0)
+    at_once = max(CELLS_AT_ONCE // (len(step.nodes) * (step.ranks.count if n_draws else 1)), 1)
+    for first in range(0, max(n_draws, 1), at_once):
+        yield slice(first, min(first + at_once, max(n_draws, 1)))
 
 
 def joined_runs(runs: Sequence[SimulatedRun]) -> SimulatedRun:
@@ -202,31 +212,30 @@ def joined_runs(runs: Sequence[SimulatedRun]) -> SimulatedRun:
 
 
 def _run_draws(
-    step: PreparedStep, loads: RankSeconds, perturbations: Perturbations, draws: slice, timeline_ranks: Sequence[int]
+    step: PreparedStep, loads: Sequence[RankSeconds], delays: RankDelays, draws: slice, timeline_ranks: Sequence[int]
 ) -> SimulatedRun:
     """Run some draws at once and record the first."""
-    are_alike = not loads and not perturbations.arrays()
+    are_alike = not any(loads) and not delays.draws
     groups: Groups = {} if are_alike else step.ranks.groups
     shape = (draws.stop - draws.start, 1 if are_alike else step.ranks.count)
     passes = step.passes(
-        {key: draws_of(seconds, draws) for key, seconds in loads.items()},
-        {stage: perturbations.of_stage(step.ranks, stage, draws) for stage in range(step.stages)},
+        [{key: draws_of(values, draws) for key, values in seconds.items()} for seconds in loads],
+        lambda stage: delays.compute_factor_of(step.ranks, stage, draws),
     )
+    late_s = delays.host_late_of(step, draws)
     parts = {key: folded(part, groups) for key, part in passes.items()}
-    times = node_times(step.nodes, parts, np.full((1, 1), step.exposed_hop_s), shape, step.stages)
+    times = node_times(step.nodes, parts, np.full((1, 1), step.exposed_hop_s), shape, step.stages, late_s)
     finish = pipeline_finish_s(step, times)
-    ends = step.step_ends()
-    end_s, waits = step_end_s(finish, ends, groups)
-    exposed, hidden = _totals(step, parts, times, end_s, waits)
+    end = step_end_times(step, finish, groups)
+    exposed, hidden = _totals(step, parts, times, end)
     timeline = None
     if len(timeline_ranks):
-        record = StepRecord(step, passes, times, groups, finish, ends)
-        timeline = recorded_timeline(record, timeline_ranks)
+        timeline = recorded_timeline(StepRecord(step, passes, times, groups, end, late_s), timeline_ranks)
     return SimulatedRun(
         ranks=step.ranks,
-        step_time_s=end_s.max(axis=(1, 2)),
+        step_time_s=end.end_s.max(axis=(1, 2)),
         pipeline_finish_s=finish,
-        finish_s=end_s,
+        finish_s=end.end_s,
         exposed_s=exposed,
         hidden_s=hidden,
         operations=shape[0] * shape[1] * sum(count * parts[key].operations for key, count in step.counts.items()),
@@ -242,50 +251,12 @@ def pipeline_finish_s(step: PreparedStep, times: NodeTimes) -> FloatArray:
     return finish
 
 
-def step_end_s(finish_s: FloatArray, ends: Sequence[StepEnd], groups: Groups) -> tuple[FloatArray, FloatArray]:
-    """When each rank has reduced its gradients, updated and gathered its parameters; and what it waited in between.
-
-    Parameters
-    ----------
-    finish_s : ndarray of shape (n_draws, stages, n_ranks)
-        End of the last pass.
-    ends : sequence of StepEnd
-        By stage.
-    groups : mapping of str to RankGroups
-        Who waits for whom.
-
-    Returns
-    -------
-    tuple of ndarray of shape (n_draws, stages, n_ranks)
-        End, and waiting for others.
-    """
-    now, waits = finish_s.copy(), np.zeros_like(finish_s)
-
-    def meet(stage: int) -> None:
-        before = now[:, stage].copy()
-
-        def in_dimension(dimension: str) -> None:
-            if dimension in groups:
-                now[:, stage] = groups[dimension].maximum(now[:, stage])
-
-        meet_for_gradients(in_dimension)
-        waits[:, stage] += now[:, stage] - before
-
-    for stage, end in enumerate(ends):
-        if end.reduction_s:
-            meet(stage)
-        now[:, stage] += end.reduction_s - end.hidden_reduction_s + end.optimizer_s + end.host_s
-        if end.gather_s:
-            meet(stage)
-        now[:, stage] += end.gather_s - end.hidden_gather_s
-    return now, waits
-
-
 def _totals(
-    step: PreparedStep, parts: dict[PassKey, FoldedPass], times: NodeTimes, end_s: FloatArray, end_waits: FloatArray
+    step: PreparedStep, parts: dict[PassKey, FoldedPass], times: NodeTimes, end: StepEndTimes
 ) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
     """Exposed and hidden seconds by category, arrays (n_draws, stages, n_ranks); exposed ones sum to the step time."""
-    shape, stages = (end_s.shape[0], end_s.shape[2]), step.stages
+    end_s, stages = end.end_s, step.stages
+    shape = (end_s.shape[0], end_s.shape[2])
     exposed = sums_by_category(step.counts, {key: part.own_s for key, part in parts.items()}, shape, stages)
     hidden = sums_by_category(step.counts, {key: part.hidden_s for key, part in parts.items()}, shape, stages)
     waits = {key: {"host": part.host_wait_s} for key, part in parts.items()}
@@ -295,19 +266,19 @@ def _totals(
         exposed[category] = exposed.get(category, np.zeros_like(end_s)) + seconds
 
     in_passes = sum(exposed.values(), np.zeros_like(end_s))
-    add("imbalance", times.running_s.swapaxes(0, 1) - in_passes - host_s + end_waits)
+    add("imbalance", times.running_s.swapaxes(0, 1) - in_passes - host_s + end.waiting_s)
     add("host", host_s)
-    ends = step.step_ends()
+    ends = end.parts
     for category, seconds in (
-        ("data_parallel", [end.exposed_s for end in ends]),
-        ("optimizer", [end.optimizer_s for end in ends]),
-        ("host", [end.host_s for end in ends]),
+        ("data_parallel", [part.exposed_s for part in ends]),
+        ("optimizer", [part.optimizer_s for part in ends]),
+        ("host", [part.host_s for part in ends]),
     ):
         add(category, np.array(seconds)[None, :, None])
     add("pipeline_p2p", times.transfer_s.swapaxes(0, 1))
     step_time_s = end_s.max(axis=(1, 2))[:, None, None]
     add("pipeline_bubble", step_time_s - sum(exposed.values(), np.zeros_like(end_s)))
     hidden["data_parallel"] = (
-        hidden.get("data_parallel", np.zeros_like(end_s)) + np.array([end.hidden_s for end in ends])[None, :, None]
+        hidden.get("data_parallel", np.zeros_like(end_s)) + np.array([part.hidden_s for part in ends])[None, :, None]
     )
     return exposed, hidden

@@ -54,7 +54,7 @@ class FoldedPass:
     """A chunk's pass, folded.
 
     ``own_s`` and ``hidden_s`` are each rank's seconds by category whatever it waits; ``host_wait_s`` what it surely
-    waits for its host; ``operations`` what was folded.
+    waits for its host, which needs ``host_s`` to issue it; ``operations`` what was folded.
     """
 
     instructions: tuple[Instruction, ...]
@@ -62,10 +62,14 @@ class FoldedPass:
     own_s: dict[str, FloatArray]
     hidden_s: dict[str, FloatArray]
     host_wait_s: FloatArray
+    host_s: FloatArray
     operations: int
 
-    def end_s(self, start_s: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """When each rank has finished a pass begun at ``start_s`` (n_draws, n_ranks), and its further host waits."""
+    def end_s(self, start_s: FloatArray, late_s: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+        """When each rank has finished a pass begun at ``start_s``, and its further host waits; (n_draws, n_ranks).
+
+        ``late_s`` is what the host takes longer to issue it.
+        """
         now, began, waits = start_s, start_s, ZERO
         for instruction in self.instructions:
             match instruction:
@@ -77,7 +81,11 @@ class FoldedPass:
                     now = now + instruction.offset_s
                     until = np.maximum(now, began + instruction.host_s)
                     waits, now = waits + (until - now), until
-        return now + self.tail_s, waits
+        now = now + self.tail_s
+        if late_s is not None:
+            until = np.maximum(now, start_s + (self.host_s + late_s))
+            waits, now = waits + (until - now), until
+        return now, waits
 
 
 @dataclass
@@ -155,7 +163,8 @@ def folded(part: ChunkPass, groups: Groups) -> FoldedPass:
     folder = _Folder(groups)
     if part.zero_s:
         exposed_s, hidden_s = zero_parts_s(part)
-        meet_for_gradients(folder.meet)
+        for dimension in GRADIENT_DIMENSIONS:
+            folder.meet(dimension)
         folder.add("data_parallel", largest_of_gradient_groups(exposed_s, groups))
         folder.hidden_s["data_parallel"] = hidden_s
         folder.operations += 1
@@ -167,6 +176,7 @@ def folded(part: ChunkPass, groups: Groups) -> FoldedPass:
         folder.own_s,
         folder.hidden_s,
         folder.host_wait_s,
+        part.host_s,
         folder.operations,
     )
 
@@ -179,12 +189,6 @@ def zero_parts_s(part: ChunkPass) -> tuple[FloatArray, FloatArray]:
         own_s = own_s + np.maximum(work_s, stretch.host_s) + stretch.synchronisation_s
     hidden_s = np.minimum(part.zero_s * part.zero_overlap, own_s)
     return part.zero_s - hidden_s, hidden_s
-
-
-def meet_for_gradients(meet: Callable[[str], None]) -> None:
-    """Let all ranks meet that reduce gradients with one another."""
-    for dimension in GRADIENT_DIMENSIONS:
-        meet(dimension)
 
 
 def largest_of_gradient_groups(seconds: FloatArray, groups: Groups) -> FloatArray:
@@ -236,7 +240,12 @@ class NodeTimes:
 
 
 def node_times(
-    nodes: Nodes, passes: Mapping[PassKey, FoldedPass], hop_s: FloatArray, shape: tuple[int, int], stages: int
+    nodes: Nodes,
+    passes: Mapping[PassKey, FoldedPass],
+    hop_s: FloatArray,
+    shape: tuple[int, int],
+    stages: int,
+    late_s: Callable[[int], FloatArray | None] = lambda _: None,
 ) -> NodeTimes:
     """Run the passes of a pipeline, one after the other, all ranks and draws of a stage at once.
 
@@ -252,19 +261,21 @@ def node_times(
         (n_draws, n_ranks).
     stages : int
         Stages of the pipeline.
+    late_s : callable
+        What hosts take longer to issue a node, broadcastable to (n_draws, n_ranks); None where they do not.
     """
     start, end, arrival = np.zeros((3, len(nodes) + 1, *shape))
     running, host, transfer = np.zeros((3, stages, *shape))
     done = np.zeros(len(nodes), dtype=bool)
     keys = list(zip(nodes.stage.tolist(), nodes.chunk.tolist(), nodes.phase.tolist(), strict=True))
-    befores, needs, partners = nodes.before.tolist(), nodes.needs.tolist(), nodes.partner.tolist()
+    before_of, needs, partners = nodes.before.tolist(), nodes.needs.tolist(), nodes.partner.tolist()
     hops = nodes.hops.tolist()
     for node in range(len(nodes)):
         if done[node]:
             continue
         pair = sorted([node, partners[node]], key=lambda at: keys[at][2]) if partners[node] >= 0 else [node]
         stage = keys[node][0]
-        free = end[befores[node]]
+        free = end[before_of[node]]
         for at in pair:
             np.add(end[needs[at]], hops[at] * hop_s, out=arrival[at])
             np.minimum(np.maximum(arrival[at] - free, 0.0), hops[at] * hop_s, out=start[at])
@@ -274,7 +285,7 @@ def node_times(
             now = np.maximum(now, arrival[at])
         for at in pair:
             start[at] = now
-            now, waited = passes[keys[at]].end_s(now)
+            now, waited = passes[keys[at]].end_s(now, late_s(at))
             running[stage] += now
             running[stage] -= start[at]
             host[stage] += waited
@@ -303,6 +314,16 @@ def pass_counts(nodes: Nodes) -> dict[PassKey, int]:
     for key in zip(nodes.stage.tolist(), nodes.chunk.tolist(), nodes.phase.tolist(), strict=True):
         counts[key] = counts.get(key, 0) + 1
     return counts
+
+
+def number_in_stage(nodes: Nodes) -> IntArray:
+    """Which of its stage's passes each node is, in the order in which the stage runs them."""
+    number = np.zeros(len(nodes), dtype=np.int64)
+    taken: dict[int, int] = {}
+    for node, stage in enumerate(nodes.stage.tolist()):
+        number[node] = taken.get(stage, 0)
+        taken[stage] = int(number[node]) + 1
+    return number
 
 
 def forward_nodes(stages: int, micro_batches: int) -> Nodes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+
+import numpy as np
 
 from moesim.cost.host_times import replays_step
 from moesim.cost.state_costs import hop_message
@@ -13,7 +15,14 @@ from moesim.engine.block_overlaps import block_mechanisms
 from moesim.engine.breakdowns import StepEnd, step_end
 from moesim.engine.layer_cases import PricedBlock, PricedBlocks, priced_blocks
 from moesim.engine.overlapped_scopes import scope_rewrite
-from moesim.engine.rank_max_plus import Nodes, PassKey, forward_nodes, pass_counts, program_nodes
+from moesim.engine.rank_max_plus import (
+    Nodes,
+    PassKey,
+    forward_nodes,
+    number_in_stage,
+    pass_counts,
+    program_nodes,
+)
 from moesim.engine.stream_times import (
     BlockProgram,
     BlockTimes,
@@ -23,23 +32,12 @@ from moesim.engine.stream_times import (
     ScopeRewrite,
     StretchRule,
 )
-from moesim.structure.columns import Columns, FloatArray
+from moesim.structure.columns import Columns, FloatArray, IntArray
 from moesim.structure.layers import LayerSequence, layer_sequence
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.pipeline_orders import BACKWARD, FORWARD, INPUT_GRADIENT
 from moesim.structure.pipeline_schedules import build_program
 from moesim.structure.rank_programs import ChunkLayers, StageRanks, chunk_layers, stage_ranks
-
-
-@dataclass(frozen=True)
-class StageDelays:
-    """What makes the ranks of a stage differ beside their load, arrays broadcastable to (n_draws, n_ranks).
-
-    ``compute_factor`` is how many times longer each computes; ``host_delay_s`` what its host takes longer per stretch.
-    """
-
-    compute_factor: FloatArray
-    host_delay_s: FloatArray
 
 
 @dataclass(frozen=True)
@@ -90,17 +88,33 @@ class PreparedStep:
         """What each stage does after its last pass."""
         return [step_end(self.evaluation, 0, stage) for stage in range(self.stages)]
 
-    def passes(self, loads: RankSeconds, delays: Mapping[int, StageDelays]) -> dict[PassKey, ChunkPass]:
+    @cached_property
+    def pass_number(self) -> IntArray:
+        """Which of its stage's passes each node is."""
+        return number_in_stage(self.nodes)
+
+    @property
+    def passes_per_rank(self) -> int:
+        """Most passes that a rank runs."""
+        return int(self.pass_number.max()) + 1
+
+    def direction(self, stage: int, chunk: int) -> int:
+        """Direction in which micro-batches pass a chunk where a stage holds it."""
+        return int(np.flatnonzero(self.evaluation.plan.placed.stage_of[:, chunk] == stage)[0])
+
+    def passes(
+        self, loads: Sequence[RankSeconds], compute_factor: Callable[[int], FloatArray]
+    ) -> dict[PassKey, ChunkPass]:
         """Every pass of the pipeline on the ranks of its stage.
 
         Parameters
         ----------
-        loads : mapping
-            Seconds of operations that grow with load.
-        delays : mapping of int to StageDelays
-            By stage.
+        loads : sequence of mapping
+            Seconds of operations that grow with load, for each direction of the pipeline; one stands for all.
+        compute_factor : callable
+            How many times longer the ranks of a stage compute, broadcastable to (n_draws, n_ranks).
         """
-        builder = _PassBuilder(self, loads, delays)
+        builder = _PassBuilder(self, loads, compute_factor)
         return {key: builder.chunk_pass(*key) for key in self.counts}
 
     @cached_property
@@ -177,46 +191,50 @@ def prepare_step(system: System, columns: Columns) -> PreparedStep:
 class _PassBuilder:
     """Builds passes; what two of them share is worked out once."""
 
-    def __init__(self, step: PreparedStep, loads: RankSeconds, delays: Mapping[int, StageDelays]) -> None:
+    def __init__(
+        self, step: PreparedStep, loads: Sequence[RankSeconds], compute_factor: Callable[[int], FloatArray]
+    ) -> None:
         self.step = step
         self.loads = loads
-        self.delays = delays
+        self.loaded_layers = [{layer for layer, *_ in seconds} for seconds in loads]
+        self.factors = {stage: compute_factor(stage) for stage in range(step.stages)}
         self.rule = step.stretch_rule()
-        self.loaded_layers = {layer for layer, *_ in loads}
-        self.known: dict[tuple[int, int, int], BlockTimes] = {}
+        self.known: dict[tuple[int, int, int, int], BlockTimes] = {}
         self.blocks: dict[tuple[int, int], ChunkBlocks] = {}
 
     def chunk_pass(self, stage: int, chunk: int, phase: int) -> ChunkPass:
         if (stage, chunk) not in self.blocks:
             self.blocks[stage, chunk] = ChunkBlocks(
-                groups=tuple(self._groups(stage, self.step.chunks[chunk])),
+                groups=tuple(self._groups(stage, chunk)),
                 rule=self.rule,
                 zero_s=self.step.zero_s(chunk),
                 zero_overlap=self.step.zero_overlap(chunk),
-                host_delay_s=self.delays[stage].host_delay_s,
             )
         return self.blocks[stage, chunk].chunk_pass(phase)
 
-    def _groups(self, stage: int, chunk: ChunkLayers) -> list[tuple[BlockTimes, ...]]:
-        kinds = len(self.step.priced.layers)
-        groups: list[tuple[BlockTimes, ...]] = [(self._times(stage, kinds, -1),)] if chunk.is_first else []
-        groups += [(self._times(stage, layer.kind, layer.number),) for layer in chunk.layers]
+    def _groups(self, stage: int, number: int) -> Iterator[tuple[BlockTimes, ...]]:
+        """Blocks of a chunk, together those that are one to the host."""
+        priced, chunk = self.step.priced, self.step.chunks[number]
+        kinds = len(priced.layers)
+        at = (stage, self.step.direction(stage, number) % len(self.loads))
+        if chunk.is_first:
+            yield (self._times(at, kinds, -1),)
+        for layer in chunk.layers:
+            yield (self._times(at, layer.kind, layer.number),)
         if chunk.is_last:
-            last = [self._times(stage, kinds + 1, -1)]
-            if self.step.priced.module is not None:
-                for module in range(self.step.sequence.mtp_layers):
-                    number = len(self.step.sequence.order) + module
-                    last.append(self._times(stage, kinds + 2, -1))
-                    last.append(self._times(stage, self.step.priced.module_layer, number))
-            groups.append(tuple(last))
-        return groups
+            last = [self._times(at, kinds + 1, -1)]
+            modules = self.step.sequence.mtp_layers if priced.module is not None else 0
+            for module in range(modules):
+                last.append(self._times(at, kinds + 2, -1))
+                last.append(self._times(at, priced.module_layer, len(self.step.sequence.order) + module))
+            yield tuple(last)
 
-    def _times(self, stage: int, program: int, layer: int) -> BlockTimes:
-        loaded = layer if layer in self.loaded_layers else -1
-        key = (stage, program, loaded)
+    def _times(self, at: tuple[int, int], program: int, layer: int) -> BlockTimes:
+        stage, direction = at
+        loaded = layer if layer in self.loaded_layers[direction] else -1
+        key = (*at, program, loaded)
         if key not in self.known:
-            times = self.step.block_programs[program].times(
-                loaded, self.loads, self.delays[stage].compute_factor, is_training=self.step.is_training
+            self.known[key] = self.step.block_programs[program].times(
+                loaded, self.loads[direction], self.factors[stage], is_training=self.step.is_training
             )
-            self.known[key] = times
         return replace(self.known[key], layer=layer)

@@ -105,6 +105,11 @@ class ChunkPass:
     zero_overlap: float = 0.0
     later_s: FloatArray = field(default_factory=lambda: np.zeros((1, 1)))
 
+    @property
+    def host_s(self) -> FloatArray:
+        """What the host needs to issue all of it, without synchronisations."""
+        return sum((stretch.host_s for stretch in self.stretches), np.zeros((1, 1)))
+
 
 ScopeRewrite = Callable[[Scope, Scope], tuple[Scope, Scope]]
 """What mechanisms of overlap make of a block's forward and backward scope."""
@@ -269,15 +274,13 @@ class ChunkBlocks:
     """Blocks of a chunk on the ranks of a stage, in order.
 
     ``groups`` has together what is one block to the host: a layer, or an end of the model. ``zero_s`` by phase are
-    ZeRO's collectives of a pass, of which the share ``zero_overlap`` by phase hides; ``host_delay_s`` what a stretch's
-    host takes longer.
+    ZeRO's collectives of a pass, of which the share ``zero_overlap`` by phase hides.
     """
 
     groups: tuple[tuple[BlockTimes, ...], ...]
     rule: StretchRule
     zero_s: Mapping[int, float]
     zero_overlap: Mapping[int, float]
-    host_delay_s: FloatArray
 
     def chunk_pass(self, phase: int) -> ChunkPass:
         """The pass of a phase of the schedule."""
@@ -300,14 +303,14 @@ class ChunkBlocks:
         wait_s = [sum(block.is_moe for block in group) * self.rule.synchronisation_s for group in self.groups]
         if self.rule.per_block:
             return tuple(
-                Stretch(blocks, self.host_delay_s + host, wait)
+                Stretch(blocks, np.full((1, 1), host), wait)
                 for blocks, host, wait in zip(passes, host_s, wait_s, strict=True)
             )
         blocks = tuple(block for group in passes for block in group)
-        return (Stretch(blocks, self.host_delay_s + sum(host_s), sum(wait_s)),)
+        return (Stretch(blocks, np.full((1, 1), sum(host_s)), sum(wait_s)),)
 
     def _backward_host_s(self) -> FloatArray:
-        return self.host_delay_s + sum(block.host_backward_s for block in self._reversed())
+        return np.full((1, 1), sum(block.host_backward_s for block in self._reversed()))
 
     def _weight_operations(self) -> Iterator[TimedOperation]:
         for block in self._reversed():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.cost.layer_times import COMMUNICATION_STREAMS
-from moesim.engine.breakdowns import StepEnd
 from moesim.engine.rank_max_plus import (
     Groups,
     NodeTimes,
@@ -19,6 +18,7 @@ from moesim.engine.rank_max_plus import (
     largest_of_gradient_groups,
     zero_parts_s,
 )
+from moesim.engine.step_ends import StepEndTimes
 from moesim.engine.step_passes import PreparedStep
 from moesim.engine.stream_times import BlockPass, ChunkPass, Scope, Stretch, TimedOperation
 from moesim.engine.timelines import EVENT_TYPES, STREAMS, TIMELINE_PHASES, Messages, Timeline
@@ -32,14 +32,14 @@ WEIGHT_GRADIENT_PHASE = TIMELINE_PHASES.index("weight_gradient")
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a timeline is read from: a step, its passes, and when they ran; ``finish_s`` is the end of the last pass."""
+    """What a timeline is read from: a step, its passes, when they ran and how the step ended; ``late_s`` of hosts."""
 
     step: PreparedStep
     passes: Mapping[PassKey, ChunkPass]
     times: NodeTimes
     groups: Groups
-    finish_s: FloatArray
-    ends: Sequence[StepEnd]
+    end: StepEndTimes
+    late_s: Callable[[int], FloatArray | None]
 
 
 def recorded_timeline(record: StepRecord, ranks: Sequence[int]) -> Timeline:
@@ -147,7 +147,9 @@ class PassRecorder:
         self.items = np.flatnonzero((nodes.stage == key[0]) & (nodes.chunk == key[1]) & (nodes.phase == key[2]))
         self.part, self.groups = record.passes[key], record.groups
         self.seen, self.events = seen, events
-        self.now = record.times.start_s[self.items, 0]
+        self.start = self.now = record.times.start_s[self.items, 0]
+        self.issued = self.start
+        self.late_s = record.late_s
         self.place = Place(chunk=key[1], phase=0 if key[2] == FORWARD else 1, micro_batch=nodes.micro_batch[self.items])
 
     def run(self) -> None:
@@ -160,6 +162,7 @@ class PassRecorder:
         beside = self.now + hidden_s
         for stretch in self.part.stretches:
             self._stretch(stretch)
+        self._late()
         what = ("zero.parameters_and_gradients", "data_parallel", "data_parallel")
         self._add(what, meeting, np.minimum(beside, self.now), self.place)
 
@@ -179,10 +182,21 @@ class PassRecorder:
         for block in stretch.blocks:
             self._block(block)
         self._add(("host.issue", "host", "host"), began, began + host_s, self.place)
+        self.issued = began + host_s
         self.now = np.maximum(self.now, began + host_s)
         if stretch.synchronisation_s:
             start, self.now = self.now, self.now + stretch.synchronisation_s
             self._add(("host.synchronise", "host", "host"), start, self.now, self.place)
+            self.issued = self.now
+
+    def _late(self) -> None:
+        """The host ends late, as ``FoldedPass.end_s`` has it."""
+        late = [self.late_s(int(node)) for node in self.items]
+        if late[0] is None:
+            return
+        until = self.start + self.part.host_s[:1] + np.concatenate([part[:1] for part in late if part is not None])
+        self._add(("host.late", "host", "host"), self.issued, until, self.place)
+        self.now = np.maximum(self.now, until)
 
     def _block(self, block: BlockPass) -> None:
         earlier = block.earlier or ((),) * len(block.scopes)
@@ -291,30 +305,23 @@ class ScopeCompute:
 
 def _record_step_end(record: StepRecord, stage: int, seen: Seen, events: EventList) -> None:
     """Reduction, update and gather after the last pass; what hides of them beside last backward and first forward."""
-    end, place = record.ends[stage], Place()
-
-    def meet(now: FloatArray) -> FloatArray:
-        return largest_of_gradient_groups(now, record.groups)
-
-    def add(name: str, category: str, stream: str, start: FloatArray, seconds: float) -> FloatArray:
-        events.add(seen, place, (name, category, stream), seen.of(start), seen.of(start + seconds))
-        return start + seconds
-
-    now = record.finish_s[:1, stage]
-    exposed_reduction_s = end.reduction_s - end.hidden_reduction_s
-    if end.hidden_reduction_s:
-        begin = now - end.hidden_reduction_s
-        add("gradients.reduce", "data_parallel", "data_parallel", begin, end.hidden_reduction_s)
-    if end.reduction_s:
-        now = add("gradients.reduce", "data_parallel", "data_parallel", meet(now), exposed_reduction_s)
+    part, times = record.end.parts[stage], record.end
+    finish, reduce, gather = (moment[:1, stage] for moment in (times.finish_s, times.reduce_s, times.gather_s))
+    reduced = reduce + (part.reduction_s - part.hidden_reduction_s)
+    updated = reduced + part.optimizer_s
+    first = record.times.start_s[record.step.nodes.stage == stage, 0].min(axis=0, keepdims=True)
     is_offloaded = record.step.system.scenario.optimizer.offload == "optimizer"
-    now = add("optimizer.update", "optimizer", "pcie" if is_offloaded else "compute", now, end.optimizer_s)
-    now = add("host.step", "host", "host", now, end.host_s)
-    if end.gather_s:
-        add("parameters.gather", "data_parallel", "data_parallel", meet(now), end.gather_s - end.hidden_gather_s)
-    if end.hidden_gather_s:
-        first = record.times.start_s[record.step.nodes.stage == stage, 0].min(axis=0, keepdims=True)
-        add("parameters.gather", "data_parallel", "data_parallel", first, end.hidden_gather_s)
+    reduction = ("gradients.reduce", "data_parallel", "data_parallel")
+    parameters = ("parameters.gather", "data_parallel", "data_parallel")
+    for what, start, end in (
+        (reduction, finish - part.hidden_reduction_s, finish),
+        (reduction, reduce, reduced),
+        (("optimizer.update", "optimizer", "pcie" if is_offloaded else "compute"), reduced, updated),
+        (("host.step", "host", "host"), updated, updated + part.host_s),
+        (parameters, gather, times.end_s[:1, stage]),
+        (parameters, first, first + part.hidden_gather_s),
+    ):
+        events.add(seen, Place(), what, seen.of(start), seen.of(end))
 
 
 def _record_transfers(record: StepRecord, stage: int, seen: Seen, events: EventList) -> None:

@@ -55,6 +55,9 @@ SCHEDULES: tuple[str, ...] = (
     "dualpipe_v",
 )
 
+IN_FLIGHT_ROUNDS = 4
+"""Micro-batches per stage after which a longer step holds no more."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -277,10 +280,6 @@ def micro_batches_in_flight(
     longest = IN_FLIGHT_ROUNDS * stages
     held = [_counted_in_flight(schedule, stages, virtual_stages, min(int(count), longest)) for count in counts]
     return np.array(held).T[:, inverse]
-
-
-IN_FLIGHT_ROUNDS = 4
-"""Micro-batches per stage after which a longer step holds no more."""
 
 
 @lru_cache(maxsize=512)

@@ -169,7 +169,8 @@ class RankGroups:
 
     def contains(self, other: RankGroups) -> bool:
         """Whether every group of ``other`` lies within one group of these."""
-        return other.stride % self.stride == 0 and (self.size * self.stride) % (other.size * other.stride) == 0
+        is_aligned = other.stride % self.stride == 0
+        return other.size == 1 or (is_aligned and (self.size * self.stride) % (other.size * other.stride) == 0)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,21 @@ def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str])
     assert answer["fits"] is True
 
 
+def test_schedules_are_compared_in_a_table_and_in_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = ("--set", "parallelism.pipeline={stages: 4, virtual_stages: 1, schedule: one_f_one_b}")
+    six = ("--set", "workload.sequences_per_step=96")
+    code, out, _ = run(capsys, "estimate", "mixtral_8x7b", "--compare-schedules", *pipeline, *six)
+    assert code == 0
+    assert "one_f_one_b *" in out
+    assert "dualpipe: dualpipe needs at least two micro-batches" in out
+    code, out, _ = run(capsys, "estimate", "mixtral_8x7b", "--compare-schedules", "--json")
+    answer = json.loads(out)
+    own = [row for row in answer["schedules"] if row["is_chosen"]]
+    assert [row["schedule"] for row in own] == ["interleaved_one_f_one_b"]
+    assert own[0]["step_time_s"] == answer["step_time_s"]
+    assert len(answer["schedules"]) == 10
+
+
 def test_what_does_not_fit_is_answered_in_full_with_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:
     assignments = ["--set", "optimizer.kind=adam", "--set", "precision.parameters=fp32"]
     code, out, _ = run(capsys, "estimate", "m6t_1t_v100x480", "--json", *assignments)

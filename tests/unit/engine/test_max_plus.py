@@ -266,6 +266,15 @@ class TestPublishedBubbles:
         assert idle == pytest.approx(stages - 1, rel=EXACT)
         assert idle == pytest.approx(idle_s("one_f_one_b", stages, 3 * stages)[0] / 3, rel=EXACT)
 
+    @pytest.mark.parametrize("stages", [2, 4, 8])
+    @pytest.mark.parametrize(("forward", "inputs", "weight"), [(1.0, 1.3, 0.7), (1.2, 1.0, 0.8), (1.0, 1.0, 0.5)])
+    def test_zb_h1_and_h2_idle_as_published_for_unequal_phases(self, stages, forward, inputs, weight):
+        """(p - 1) (F + B - W), and (p - 1) (F + B - 2 W) between a stage's first and last operation; W <= F."""
+        idle, _ = idle_s("zb_h1", stages, 4 * stages, forward, inputs + weight, weight)
+        assert idle == pytest.approx((stages - 1) * (forward + inputs - weight), rel=1e-9)
+        _, own = idle_s("zb_h2", stages, 4 * stages, forward, inputs + weight, weight)
+        assert own == pytest.approx((stages - 1) * (forward + inputs - 2 * weight), rel=1e-9)
+
     @pytest.mark.parametrize("schedule", ["zb_h2", "zb_v"])
     @pytest.mark.parametrize("stages", range(2, 13))
     def test_zb_h2_and_zb_v_idle_only_until_the_first_micro_batch_arrives(self, schedule, stages):

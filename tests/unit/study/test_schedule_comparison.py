@@ -6,11 +6,13 @@ from functools import lru_cache
 import pytest
 from random_scenarios import loaded, random_document, shipped_library
 
+from moesim.describe.quantities import PRECISION_BYTES
 from moesim.engine.analytical import evaluate
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.explanation import explain_step
 from moesim.estimation.loading import LoadedScenario, load
 from moesim.estimation.step_estimate import StepEstimate
+from moesim.structure.memory_footprint import optimizer_bytes_per_parameter
 from moesim.structure.pipeline_schedules import SCHEDULES
 from moesim.study.schedule_comparison import ScheduleComparison, ScheduleRow, compare_schedules, with_schedule
 
@@ -77,6 +79,19 @@ class TestMemory:
             both, one = getattr(twice.memory.states, category)[:, 0], getattr(once.memory.states, category)[:, 0]
             assert both.tolist() == pytest.approx((one + one[::-1]).tolist(), rel=1e-12)
         assert (twice.costs.optimizer_s > 1.9 * once.costs.optimizer_s).all()
+
+    def test_mirrored_stages_exchange_the_gradients_they_keep(self):
+        """ZeRO-1: what a device keeps, over one port; beside the reduction of both its chunks."""
+        scenario = shipped("mixtral_8x22b", "parallelism.pipeline.schedule=dualpipe", "parallelism.zero_stage=1")
+        (twice,) = evaluate(*_system(scenario))
+        once = shipped("mixtral_8x22b", "parallelism.zero_stage=1")
+        (single,) = evaluate(*_system(once))
+        exchanged = (twice.costs.reduction_s - (single.costs.reduction_s + single.costs.reduction_s[::-1]))[:, 0]
+        kept = twice.memory.states.optimizer[:, 0] / optimizer_bytes_per_parameter(scenario.scenario)
+        rate = kept * PRECISION_BYTES[scenario.scenario.precision.reduction] / exchanged
+        port = scenario.system.cluster.fabric.levels[-1].bandwidth_per_device.value
+        assert (rate > 0.3 * port).all()
+        assert (rate < port).all()
 
     def test_a_model_with_token_prediction_needs_one_embedding_per_end_that_has_both(self):
         """DeepSeek-V3 by 1F1B has a third copy, of the prediction module, on its last stage; DualPipe has it there."""
@@ -156,3 +171,31 @@ def test_explained_seconds_of_dualpipe_are_those_of_the_mean_of_both_directions(
         term.times * term.seconds_each for term in explain_step(scenario) if term.category == "expert_gemm"
     )
     assert expert == pytest.approx(answer.exposed_s["expert_gemm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x22b", "qwen3_235b_a22b", "deepseek_v3"])
+def test_the_part_that_runs_apart_is_the_weight_gradients_of_the_explained_terms(name):
+    scenario = shipped(name)
+    (part,) = evaluate(scenario.system, scenario.columns)
+    case = int(part.pass_case[0])
+    per_stage = part.plan.stage_sums(part.times.chunk.weight_gradient_s)[:, part.times.chunk_case[case]]
+    micro_batches = float(scenario.columns["num_micro_batches"][0])
+    terms = [term for term in explain_step(scenario) if term.phase == "weight_gradient"]
+    explained = math.fsum(term.times * term.seconds_each for term in terms)
+    assert explained == pytest.approx(micro_batches * per_stage[part.critical_stage[case]], rel=1e-9)
+
+
+def test_a_micro_batch_of_a_v_is_sent_on_once_less_each_way_than_in_a_loop():
+    """Two chunks on each of four stages: seven boundaries, of which a V turns inside the last stage at one."""
+    loop, fold = (
+        estimate_loaded(
+            shipped(
+                "mixtral_8x7b",
+                f"parallelism.pipeline.schedule={schedule}",
+                "parallelism.pipeline.virtual_stages=2",
+            )
+        ).hidden_s["pipeline_p2p"]
+        for schedule in ("interleaved_one_f_one_b", "zb_v")
+    )
+    assert loop > 0
+    assert fold == pytest.approx(loop * 6 / 7, rel=1e-9)
