@@ -1,4 +1,4 @@
-"""Events per second of the kernel: the hold model and a queue.
+"""Events per second of the kernel: the hold model, a queue, and a step on shared links.
 
 ``python -m pytest benchmarks/test_event_kernel_speed.py --benchmark-enable`` prints them beside
 what was asked for. Nothing here fails for being slow.
@@ -12,8 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from random_scenarios import shipped_library
 
+from moesim.engine.contended_steps import contended_step
 from moesim.engine.event_kernel import EventKernel
+from moesim.estimation.loading import load
 
 ASKED = 300_000
 """Events per second that were asked for."""
@@ -102,3 +105,13 @@ def test_a_queue(benchmark, capsys):
     # rho / (1 - rho) = 4; correlated over some 1 / (1 - rho)^2 services, seen 0.35 from it at 20,000 customers.
     assert queue.area / queue.kernel.now == pytest.approx(4.0, abs=1.0)
     report(benchmark, capsys, "M/M/1 at 80 % load", queue.kernel.num_events)
+
+
+@pytest.mark.benchmark(group="event kernel")
+def test_a_step_on_shared_links(benchmark, capsys):
+    """DeepSeek-V3's 16 stages, twice: collectives that meet, and each on links of its own."""
+    name = "deepseek_v3" if benchmark.enabled else "m6t_1t_v100x480"
+    scenario = load(name, library=shipped_library())
+    step = benchmark.pedantic(contended_step, args=(scenario.system, scenario.columns), rounds=1)
+    assert step.contention_s > 0
+    report(benchmark, capsys, f"{name}, the run with shared links and the closed one", step.num_events)
