@@ -7,11 +7,13 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from moesim.cost.collective_algorithms import algorithms_of
+from moesim.cost.collective_demands import GroupTraffic
 from moesim.cost.collectives import collective_time, fabric_rates, required_tiers
-from moesim.cost.communication_libraries import FabricRates
+from moesim.cost.communication_libraries import FabricRates, transfer
 from moesim.cost.link_occupancy import link_occupancy
 from moesim.describe.hardware_library import HardwareLibrary
-from moesim.structure.placement import ProcessGroup
+from moesim.structure.placement import ProcessGroup, group_extents
 from moesim.structure.step_graph import Collective
 
 KINDS = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "point_to_point")
@@ -70,3 +72,20 @@ def test_flows_are_the_peers_of_the_busiest_level():
     occupancy = link_occupancy(collectives("all_to_all"), fabrics()["megatron_core_nccl"])
     assert occupancy.flows.reshape(36, -1)[-1].tolist() == [1.0, 3.0, 7.0, 8.0, 56.0, 7.0, 2.0]
     assert (link_occupancy(collectives("all_gather"), fabrics()["megatron_core_nccl"]).flows == 1.0).all()
+
+
+def test_the_wire_is_that_of_the_algorithm_which_takes_the_time():
+    """Where the library's time is the ring's or the tree's, so are wire and levels."""
+    fabric = fabrics()["megatron_core_nccl"]
+    work = collectives("all_reduce")
+    occupancy = link_occupancy(work, fabric)
+    traffic = GroupTraffic(work.num_bytes, group_extents(work.group, fabric.sizes))
+    protocols = [level.reduction for level in fabric.levels]
+    seen = {}
+    for name in ("ring", "tree"):
+        demand = algorithms_of("all_reduce")[name].demand("all_reduce", traffic, fabric)
+        taken = transfer(demand, protocols, traffic, fabric)
+        is_taken = np.abs(taken.time_s - occupancy.time_s) <= 1e-12 * occupancy.time_s
+        np.testing.assert_allclose(occupancy.wire_s[is_taken], taken.wire_s[is_taken], rtol=1e-9)
+        seen[name] = int(is_taken.sum())
+    assert min(seen.values()) > 5

@@ -197,3 +197,14 @@ def test_all_engines_agree_on_buckets_and_prefetching():
             assert closed.step_time_s == pytest.approx(expected.step_time_s, rel=1e-9), seed
             seen += 1
     assert seen > 10
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "m6t_1t_v100x480", "switch_base"])
+def test_two_chunks_move_the_same_rows_in_two_exchanges(name):
+    """Their bytes are halves and their latencies whole, so that together they take somewhat longer."""
+    one, two = (
+        sum(answer(name, f"overlap.expert_chunks={chunks}").to_json()["breakdown_s"]["all_to_all"].values())
+        for chunks in (1, 2)
+    )
+    assert one < two < 1.5 * one
+    assert answer(name, "overlap.expert_chunks=2").step_time_s < answer(name, "overlap.expert_chunks=1").step_time_s

@@ -14,10 +14,11 @@ from moesim.engine.contended_steps import ContendedStep, LinkFault, contended_st
 from moesim.engine.event_driven import simulate_step
 from moesim.engine.shared_links import FlappingLink
 from moesim.engine.step_passes import prepare_step
-from moesim.engine.step_transfers import step_transfers
+from moesim.engine.step_transfers import Profile, step_transfers
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario, load
 from moesim.resources import shipped_scenarios
+from moesim.structure.pipeline_orders import FORWARD
 
 NAMES = [path.stem for path in shipped_scenarios()]
 LARGE = ("deepseek_v3", "mixtral_8x22b", "qwen3_235b_a22b")
@@ -83,6 +84,34 @@ def test_gradients_beside_all_to_alls_on_the_same_nic_cost_time():
     assert 0.01 < found.contention_s / found.closed_step_time_s < 0.05
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral_8x7b", "qwen3_30b_a3b", SHARED_NIC])
+def test_links_carry_every_collective_of_the_step(name):
+    """Counted from passes, schedule and prices, whatever was exposed, hidden or slowed."""
+    scenario = shipped(name)
+    step = prepare_step(scenario.system, scenario.columns)
+    transfers, nodes = step_transfers(step), step.nodes
+    busy_s = np.zeros_like(contended(name).link_busy_s)
+
+    def count(stage, profile, seconds):
+        if profile.levels:
+            busy_s[stage] += seconds * profile.wire * np.array(profile.levels)
+
+    for (stage, chunk, phase), part in step.passes([{}], lambda _: np.ones((1, 1))).items():
+        times = step.counts[stage, chunk, phase]
+        for stretch in part.stretches:
+            for timed in stretch.operations():
+                seconds = float((timed.exposed_s + timed.extra_s + timed.hidden_s)[0, 0])
+                count(stage, transfers.operations.get(timed.operation, Profile()), times * seconds)
+        state = transfers.forward_state if phase == FORWARD else transfers.backward_state
+        count(stage, state[stage], times * part.zero_s)
+    for node in np.flatnonzero(nodes.hops):
+        count(nodes.stage[nodes.needs[node]], transfers.message, step.hop_s)
+    for stage, end in enumerate(step.step_ends()):
+        count(stage, transfers.reductions[stage], end.reduction_s)
+        count(stage, transfers.gathers[stage], end.gather_s - end.hidden_gather_s)
+    np.testing.assert_allclose(contended(name).link_busy_s, busy_s, rtol=1e-9)
+
+
 def with_reduction_hidden(scenario: LoadedScenario, part: float) -> System:
     stack = scenario.system.stack
     overlap = stack.overlap.model_copy(update={"data_parallel": part})
@@ -132,6 +161,21 @@ def test_a_slower_network_takes_the_longer_for_every_byte(fraction):
     scenario = replace(plain, system=with_reduction_hidden(plain, 0.0))
     found = contended_step(scenario.system, scenario.columns, faults=[LinkFault(0, 1, fraction)])
     assert found.contention_s == pytest.approx(network_wire_s(scenario) * (1 / fraction - 1), rel=1e-9)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.1, 0.02])
+def test_the_update_waits_for_the_gradients(fraction):
+    """T5: nothing but the reduction communicates; it begins with the backward pass and outlasts it on a slow axis."""
+    plain = shipped("t5_large")
+    scenario = replace(plain, system=with_reduction_hidden(plain, 1.0))
+    found = contended_step(scenario.system, scenario.columns, faults=[LinkFault(0, 1, fraction)])
+    step = prepare_step(scenario.system, scenario.columns)
+    (end,), (profile,) = step.step_ends(), step_transfers(step).reductions
+    assert profile.levels[1] == 1.0
+    reduction_s = end.reduction_s * (profile.wire / fraction + 1.0 - profile.wire)
+    assert (reduction_s > found.end_s[-1] - found.start_s[-1]) == (fraction < 1.0)
+    expected_s = max(found.end_s[-1], found.start_s[-1] + reduction_s) + end.optimizer_s + end.host_s
+    assert found.step_time_s == pytest.approx(expected_s, rel=1e-9)
 
 
 def test_a_link_that_flaps_quickly_is_one_of_its_mean_capacity():
