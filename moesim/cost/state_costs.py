@@ -75,18 +75,22 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     held = state_collectives(context, stages)
 
     def both(kind: CollectiveKind, width: float, pieces: Sequence[FloatArray] | None = None) -> CollectiveTime:
-        counts = pieces or [np.ones(1), np.ones(1)]
-        times = [
-            _time(kind, size * width / np.maximum(count, 1.0), group, hardware, np.maximum(count, 1.0))
-            for (size, group), count in zip(held, counts, strict=True)
-        ]
+        if pieces is None:
+            times = [_time(kind, size * width, group, hardware) for size, group in held]
+        else:
+            counts = [np.maximum(count, 1.0) for count in pieces]
+            times = [
+                _time(kind, size * width / count, group, hardware, count)
+                for (size, group), count in zip(held, counts, strict=True)
+            ]
         return CollectiveTime(times[0].modelled_s + times[1].modelled_s, times[0].ideal_s + times[1].ideal_s)
 
     reduced = PRECISION_BYTES[scenario.precision.reduction]
     stored = PRECISION_BYTES[scenario.precision.parameters]
     bucket_bytes = scenario.overlap.gradient_bucket
     buckets = [_buckets(bucket_bytes, size * reduced, (zero < 2) & (group.size > 1)) for size, group in held]
-    whole, scattered = both("all_reduce", reduced, buckets), both("reduce_scatter", reduced, buckets)
+    pieces = buckets if bucket_bytes is not None else None
+    whole, scattered = both("all_reduce", reduced, pieces), both("reduce_scatter", reduced, pieces)
     gathered = both("all_gather", stored)
     reduction = whole.modelled_s * (zero == 0) + scattered.modelled_s * (zero == 1)
     ideal = whole.ideal_s * (zero == 0) + scattered.ideal_s * (zero == 1) + gathered.ideal_s * (zero == 1)

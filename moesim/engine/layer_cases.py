@@ -216,6 +216,9 @@ def _joined(block: Block, other: Block) -> Block:
     return Block(name, is_moe, join(block.forward, other.forward), join(block.backward, other.backward))
 
 
+StreamSeconds = dict[str, tuple[FloatArray, FloatArray]]
+
+
 @dataclass(frozen=True)
 class _Assembler:
     """Puts priced tables together into blocks: recompute added to the backward phase, communication overlapped."""
@@ -241,22 +244,22 @@ class _Assembler:
                 if messages_s := expert_messages_s(times.host, self.stack.launch):
                     phase.exposed_s["all_to_all"] = np.add(phase.exposed_s.get("all_to_all", 0.0), messages_s)
                     phase.serial_s = phase.serial_s + messages_s
-        exposed_parts = [self._overlap(phase) for phase in (forward, backward, selective)]
+        streams = [self._overlap(phase) for phase in (forward, backward, selective)]
         if priced.is_moe and self.overlap.is_in_blocks:
-            self._run_mechanisms(priced, (forward, backward), exposed_parts)
+            self._run_mechanisms(priced, (forward, backward), streams)
         if self.is_training and not priced.is_end:
             self._recompute(backward, forward, selective)
         return Block(priced.name, priced.is_moe, forward, backward)
 
-    def _overlap(self, phase: BlockPhase) -> dict[str, FloatArray]:
+    def _overlap(self, phase: BlockPhase) -> StreamSeconds:
         """Hide each communication under compute, at most the share the stack achieves and the compute there is.
 
-        Returns the exposed share of each stream.
+        Returns seconds and hidden seconds of each stream.
         """
         budget = sum((value for key, value in phase.exposed_s.items() if key not in COMMUNICATION_STREAMS), 0.0)
-        exposed_part = {}
+        streams = {}
         for stream, hidden in hidden_seconds(phase.exposed_s, budget, self.stack.overlap).items():
-            exposed_part[stream] = 1.0 - divided(hidden, phase.exposed_s[stream], 0.0)
+            streams[stream] = (phase.exposed_s[stream], hidden)
             phase.exposed_s[stream], phase.hidden_s[stream] = phase.exposed_s[stream] - hidden, hidden
         for stream, name in REPORTED_AS.items():
             for parts in (phase.exposed_s, phase.hidden_s):
@@ -265,15 +268,20 @@ class _Assembler:
         phase.device_s = sum(phase.exposed_s.values(), 0.0)
         if phase.ideal_parts_s:
             phase.ideal_s = np.maximum.reduce(list(phase.ideal_parts_s.values()))
-        return exposed_part
+        return streams
 
     def _run_mechanisms(
-        self, priced: PricedBlock, phases: Sequence[BlockPhase], exposed_parts: Sequence[Mapping[str, FloatArray]]
+        self, priced: PricedBlock, phases: Sequence[BlockPhase], streams: Sequence[StreamSeconds]
     ) -> None:
         """Replace what the stack achieves by what the run's mechanisms do."""
         phases = phases if self.is_training else phases[:1]
         before = [
-            Totals(phase.exposed_s, phase.hidden_s, part) for phase, part in zip(phases, exposed_parts, strict=False)
+            Totals(
+                phase.exposed_s,
+                phase.hidden_s,
+                {name: 1.0 - divided(hidden, whole, 0.0) for name, (whole, hidden) in seconds.items()},
+            )
+            for phase, seconds in zip(phases, streams, strict=False)
         ]
         after = block_mechanisms(self.overlap, self.stack, self.hardware, priced.tables).phases(before)
         for phase, plain, totals in zip(phases, before, after, strict=True):
