@@ -140,7 +140,7 @@ def test_slowing_by_hand():
 
 
 def test_two_micro_batches_hide_exchanges_that_are_shorter_than_computing():
-    """Head and tail 2 s, experts 2 s, 1 s each way: per block and pair the 12 s that both compute."""
+    """Head and tail 2 s together, experts 2 s, 1 s each way: per block and pair the 8 s that both compute."""
     seconds = {"head": np.ones(1), "tail": np.ones(1), "experts": 2 * np.ones(1)}
     seconds |= {"exchange_in": np.ones(1), "exchange_out": np.ones(1)}
     found = interleaved_block(seconds, seconds)
