@@ -169,16 +169,11 @@ def transfer(
         Arrays of shape (n_cases,).
     """
     is_exchange, is_one_message = demand.algorithm == fabric.exchange_algorithm, demand.levels_combine == "slowest"
-    own_copy = fabric.exchange_own_copy if is_exchange else fabric.own_copy
     pipelining: Constant = 0.0
-    latencies, wires = [], []
+    latencies, wires = [], level_wires_s(demand, protocols, traffic, fabric)
     for index, (asks, protocol) in enumerate(zip(demand.levels, protocols, strict=True)):
         level, extent = fabric.levels[index], traffic.extents[index]
         enters = extent > 1
-        carried = asks.wire_bytes * traffic.contention
-        if index == 0 and not _is_zero(own_copy):
-            carried = carried + own_copy * demand.own_bytes
-        wires.append(carried / (level.bandwidth * protocol.fraction))
         starts = index == 0 and not level.is_ring and not is_one_message
         latency = protocol.base_s if starts else enters * protocol.base_s
         for constant, amount in ((protocol.round_s, asks.rounds), (protocol.peer_s, asks.peers)):
@@ -201,6 +196,38 @@ def transfer(
         return Transfer(latency_s, np.asarray(reduce(np.maximum, wires)), np.asarray(pipelining))
     total_s = np.asarray((np.stack(wires) ** exponent).sum(axis=0) ** (1.0 / exponent))
     return Transfer(latency_s, total_s, np.asarray(pipelining))
+
+
+def level_wires_s(
+    demand: CollectiveDemand, protocols: Sequence[Protocol], traffic: GroupTraffic, fabric: FabricRates
+) -> list[FloatArray]:
+    """How long each level's share of a device is busy with a demand, at the protocols' fractions of its bandwidth.
+
+    Parameters
+    ----------
+    demand : CollectiveDemand
+        What the algorithm asks of each level.
+    protocols : sequence of Protocol
+        One per level, innermost first.
+    traffic : GroupTraffic
+        The cases.
+    fabric : FabricRates
+        Nominal bandwidths and the rank's own copy, which the innermost level's link time counts.
+
+    Returns
+    -------
+    list of ndarray of shape (n_cases,)
+        Seconds, innermost level first.
+    """
+    is_exchange = demand.algorithm == fabric.exchange_algorithm
+    own_copy = fabric.exchange_own_copy if is_exchange else fabric.own_copy
+    wires = []
+    for index, (asks, level, protocol) in enumerate(zip(demand.levels, fabric.levels, protocols, strict=True)):
+        carried = asks.wire_bytes * traffic.contention
+        if index == 0 and not _is_zero(own_copy):
+            carried = carried + own_copy * demand.own_bytes
+        wires.append(carried / (level.bandwidth * protocol.fraction))
+    return wires
 
 
 def _is_zero(constant: Constant) -> bool:

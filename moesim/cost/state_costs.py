@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from moesim.cost.collectives import collective_time
 from moesim.cost.communication_libraries import CollectiveTime
 from moesim.cost.host_times import host_step_time_s
 from moesim.cost.operators import Hardware
+from moesim.cost.segment_times import reduction_loss
 from moesim.describe.hardware import Device
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
@@ -17,10 +20,13 @@ from moesim.structure.chunk_placement import placement_name
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.memory_footprint import StageParameters, local_parameters, unfactored_moments
+from moesim.structure.overlap_programs import bucket_count
 from moesim.structure.placement import ProcessGroup, gradient_group, group_columns, process_group
 from moesim.structure.step_graph import Collective, CollectiveKind
 
 OPTIMIZER_KERNELS = 1
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class StateCosts:
     ``reduction_s`` gradients after the last micro-batch (hides under its backward), ``update_gather_s`` updated
     parameters (hides under the next forward), ``pass_gather_s`` ZeRO-3 parameters per pass and ``pass_scatter_s``
     ZeRO-2/3 gradients per micro-batch, ``optimizer_s`` the update itself, ``host_s``
-    what the host adds to it once per step.
+    what the host adds to it once per step. ``reduction_buckets`` that gradients are reduced in one by one, 0 where the
+    stack decides; ``reduction_loss`` what computing loses of its speed meanwhile.
     """
 
     reduction_s: FloatArray
@@ -41,6 +48,8 @@ class StateCosts:
     host_s: FloatArray
     ideal_communication_s: FloatArray
     ideal_optimizer_s: FloatArray
+    reduction_buckets: FloatArray
+    reduction_loss: float
 
 
 def state_cost_columns(scenario: Scenario) -> tuple[str, ...]:
@@ -63,17 +72,25 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     columns, scenario = context.columns, context.scenario
     dense, expert = local_parameters(context, stages)
     zero = np.broadcast_to(columns["zero_stage"], dense.shape)
-    order = scenario.parallelism.rank_order
-    groups = (gradient_group(columns, order), process_group(columns, order, "expert_data"))
-    sizes = (dense, expert)
+    held = state_collectives(context, stages)
 
-    def both(kind: CollectiveKind, width: float) -> CollectiveTime:
-        times = [_time(kind, size * width, group, hardware) for size, group in zip(sizes, groups, strict=True)]
+    def both(kind: CollectiveKind, width: float, pieces: Sequence[FloatArray] | None = None) -> CollectiveTime:
+        if pieces is None:
+            times = [_time(kind, size * width, group, hardware) for size, group in held]
+        else:
+            counts = [np.maximum(count, 1.0) for count in pieces]
+            times = [
+                _time(kind, size * width / count, group, hardware, count)
+                for (size, group), count in zip(held, counts, strict=True)
+            ]
         return CollectiveTime(times[0].modelled_s + times[1].modelled_s, times[0].ideal_s + times[1].ideal_s)
 
     reduced = PRECISION_BYTES[scenario.precision.reduction]
     stored = PRECISION_BYTES[scenario.precision.parameters]
-    whole, scattered = both("all_reduce", reduced), both("reduce_scatter", reduced)
+    bucket_bytes = scenario.overlap.gradient_bucket
+    buckets = [_buckets(bucket_bytes, size * reduced, (zero < 2) & (group.size > 1)) for size, group in held]
+    pieces = buckets if bucket_bytes is not None else None
+    whole, scattered = both("all_reduce", reduced, pieces), both("reduce_scatter", reduced, pieces)
     gathered = both("all_gather", stored)
     reduction = whole.modelled_s * (zero == 0) + scattered.modelled_s * (zero == 1)
     ideal = whole.ideal_s * (zero == 0) + scattered.ideal_s * (zero == 1) + gathered.ideal_s * (zero == 1)
@@ -93,18 +110,58 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
         host_s=np.maximum(host_s - optimizer_s, 0.0),
         ideal_communication_s=ideal,
         ideal_optimizer_s=ideal_optimizer_s,
+        reduction_buckets=buckets[0] + buckets[1],
+        reduction_loss=reduction_loss(hardware, context.stack.communication_kernels),
     )
 
 
-def _time(kind: CollectiveKind, num_bytes: FloatArray, group: ProcessGroup, hardware: Hardware) -> CollectiveTime:
-    """Collective over a (stages, n_cases) block of sizes."""
+def _buckets(bucket_bytes: float | None, num_bytes: FloatArray, are_reduced: BoolArray) -> FloatArray:
+    """Buckets of gradients where they are reduced once per step, (stages, n_cases); 0 where the stack decides."""
+    if bucket_bytes is None:
+        return np.zeros(num_bytes.shape)
+    return bucket_count(num_bytes, bucket_bytes) * (are_reduced & (num_bytes > 0))
+
+
+def state_collectives(
+    context: LoweringContext, stages: StageParameters
+) -> tuple[tuple[FloatArray, ProcessGroup], tuple[FloatArray, ProcessGroup]]:
+    """What gradients and parameters are reduced and gathered over: of the experts last.
+
+    Parameters
+    ----------
+    context : LoweringContext
+        Scenario and columns.
+    stages : StageParameters
+        Parameters of each stage.
+
+    Returns
+    -------
+    tuple
+        For parameters that are no experts' and for experts': elements of one device, (stages, n_cases), and the group.
+    """
+    dense, expert = local_parameters(context, stages)
+    order = context.scenario.parallelism.rank_order
+    return (
+        (dense, gradient_group(context.columns, order)),
+        (expert, process_group(context.columns, order, "expert_data")),
+    )
+
+
+def _time(
+    kind: CollectiveKind,
+    num_bytes: FloatArray,
+    group: ProcessGroup,
+    hardware: Hardware,
+    count: FloatArray | float = 1.0,
+) -> CollectiveTime:
+    """``count`` collectives, one after the other, over a (stages, n_cases) block of sizes."""
     shape = num_bytes.shape
     wide = ProcessGroup(
         np.broadcast_to(group.size, shape).ravel().astype(np.float64),
         np.broadcast_to(group.stride, shape).ravel().astype(np.float64),
     )
     times = collective_time(Collective(kind, num_bytes.ravel(), wide), hardware.fabric)
-    return CollectiveTime(times.modelled_s.reshape(shape), times.ideal_s.reshape(shape))
+    return CollectiveTime(times.modelled_s.reshape(shape) * count, times.ideal_s.reshape(shape) * count)
 
 
 def _mirror_exchange(

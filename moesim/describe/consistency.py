@@ -24,6 +24,7 @@ def inconsistencies(scenario: Scenario) -> Iterator[Inconsistency]:
     yield from _layer_problems(scenario)
     yield from _length_problems(scenario)
     yield from _moe_problems(scenario)
+    yield from overlap_problems(scenario)
     attention = scenario.model.attention
     if isinstance(attention, GroupedQueryAttention) and attention.heads % attention.kv_heads:
         yield Inconsistency(
@@ -134,6 +135,41 @@ def _moe_problems(scenario: Scenario) -> Iterator[Inconsistency]:
             yield Inconsistency(
                 "E-SCN-007", "model.moe.router.imbalance.loads", "all loads are zero", "give tokens per expert"
             )
+
+
+def overlap_problems(scenario: Scenario) -> Iterator[Inconsistency]:
+    """Mechanisms of overlap that this model or workload has nothing for, or that exclude each other."""
+    overlap, moe = scenario.overlap, scenario.model.moe
+    if moe is None and overlap.is_in_blocks:
+        asked = [name for name in ("shared_experts", "expert_chunks", "two_micro_batches") if getattr(overlap, name)]
+        yield Inconsistency(
+            "E-SCN-011", f"overlap.{asked[0]}", "a model without experts has no all-to-all to hide", "remove it"
+        )
+    if moe is not None and overlap.shared_experts and not moe.shared_experts:
+        yield Inconsistency(
+            "E-SCN-011",
+            "overlap.shared_experts",
+            "the model has no shared experts that could run during the all-to-all",
+            "remove it, or give model.moe.shared_experts",
+        )
+    if overlap.two_micro_batches and overlap.expert_chunks not in (None, 1):
+        yield Inconsistency(
+            "E-SCN-011",
+            "overlap.expert_chunks",
+            f"expert_chunks: {overlap.expert_chunks} and two_micro_batches both fill the time of the all-to-all",
+            "choose one of them",
+        )
+    if overlap.is_in_blocks and scenario.stack_options.overlaps_expert_communication is not None:
+        yield Inconsistency(
+            "E-SCN-011",
+            "stack_options.overlaps_expert_communication",
+            "the stack's achieved overlap and explicit mechanisms both say what hides the all-to-all",
+            "keep overlap, and leave this out",
+        )
+    if scenario.workload.kind != "training" and overlap.gradient_bucket is not None:
+        yield Inconsistency(
+            "E-SCN-011", "overlap.gradient_bucket", f"a {scenario.workload.kind} step has no gradients", "remove it"
+        )
 
 
 def hardware_mismatches(scenario: Scenario, device: Device, cluster: Cluster, stack: Stack) -> Iterator[Inconsistency]:

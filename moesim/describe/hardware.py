@@ -292,6 +292,18 @@ class OverlapAchieved(Description):
     source: Annotated[str, Field(min_length=3)]
 
 
+class CommunicationKernels(Description):
+    """What communication kernels take from what runs beside them, where a run asks for overlap.
+
+    Compute units (SMs) that all-to-alls and that reductions and gathers hold while they run, and how often a byte that
+    is sent passes through the device's memory; null: nothing.
+    """
+
+    all_to_all_units: NumberFigure | None = None
+    reduction_units: NumberFigure | None = None
+    memory_passes: NumberFigure | None = None
+
+
 class StackMemory(Description):
     """Memory the software holds beside tensors of the model, and bytes of each logit until its backward pass.
 
@@ -362,6 +374,7 @@ class Stack(Description):
     sends_one_copy_per_node: Flag = False
     collectives: Annotated[dict[Tier, CollectiveTier], Field(min_length=1)]
     overlap: OverlapAchieved
+    communication_kernels: CommunicationKernels | None = None
     memory: StackMemory
     step_ratio: StepRatio | None = None
     notes: str = ""

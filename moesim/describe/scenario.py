@@ -8,6 +8,7 @@ from pydantic import Field
 
 from moesim.describe.hardware import Identifier
 from moesim.describe.model import Model
+from moesim.describe.overlap import Overlap
 from moesim.describe.quantities import Count, Description, Flag, NonNegativeCount, Precision
 from moesim.describe.stack_options import StackOptions
 
@@ -128,3 +129,4 @@ class Scenario(Description):
     devices: Count
     stack: Identifier
     stack_options: StackOptions = StackOptions()
+    overlap: Overlap = Overlap()

@@ -18,6 +18,7 @@ from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.scenario import Scenario
 from moesim.engine.layer_cases import PHASES, LayerCases, PhaseName, layer_case_columns, layer_cases
 from moesim.engine.max_plus import forward_finish_s, pipeline_finish_s
+from moesim.engine.overlaps import hidden_reduction_s, prefetched_s
 from moesim.structure.chunk_placement import placement_name
 from moesim.structure.columns import Columns, Distinct, FloatArray, IntArray, distinct_codes
 from moesim.structure.layers import LayerSequence, StagePlan, layer_sequence, stage_plan
@@ -73,8 +74,8 @@ class StageTimes:
     """Times of one micro-batch per pass case.
 
     ``forward_s`` and ``backward_s`` (chunks, n_cases) include ZeRO's passes; ``zero_pass_s`` are these forward and
-    backward, and their exposed and hidden parts have the same shape; hops between stages are (n_cases,). ``chunk`` are
-    the times behind them, ``chunk_case`` each pass's case there.
+    backward, ``zero_pass_hidden_s`` what hides of each, and their exposed and hidden parts have the same shape; hops
+    between stages are (n_cases,). ``chunk`` are the times behind them, ``chunk_case`` each pass's case there.
     """
 
     chunk: ChunkTimes
@@ -83,6 +84,7 @@ class StageTimes:
     backward_s: FloatArray
     has_zero_passes: bool
     zero_pass_s: tuple[FloatArray, FloatArray]
+    zero_pass_hidden_s: tuple[FloatArray, FloatArray]
     zero_exposed_s: FloatArray
     zero_hidden_s: FloatArray
     hop_s: FloatArray
@@ -267,14 +269,15 @@ def _stage_times(
     chunk = _chunk_times(system, plan, layers, layer_case[used.rows])
     forward_s, backward_s = chunk.forward_s[:, used.inverse], chunk.backward_s[:, used.inverse]
     exposed = hidden = gather = scatter = np.broadcast_to(np.zeros(1), forward_s.shape)
+    hidden_forward = hidden_backward = hidden
     has_zero_passes = bool(costs.pass_scatter_s.any() or costs.pass_gather_s.any())
     if has_zero_passes:
-        eta = system.stack.overlap.data_parallel
+        is_training = system.scenario.workload.kind == "training"
         gather = plan.per_chunk(costs.pass_gather_s)[:, state_case]
-        scatter = gather + plan.per_chunk(costs.pass_scatter_s)[:, state_case]
-        scatter = scatter * (system.scenario.workload.kind == "training")
-        hidden_forward = np.minimum(gather * eta, chunk.forward_s[:, used.inverse])
-        hidden_backward = np.minimum(scatter * eta, chunk.backward_s[:, used.inverse])
+        reduced = plan.per_chunk(costs.pass_scatter_s)[:, state_case] * is_training
+        scatter = gather * is_training + reduced
+        hidden_forward = _hidden_of_passes(system, plan, costs, forward_s, gather)
+        hidden_backward = _hidden_of_passes(system, plan, costs, backward_s, gather * is_training, reduced)
         forward_s = forward_s + gather - hidden_forward
         backward_s = backward_s + scatter - hidden_backward
         hidden = hidden_forward + hidden_backward
@@ -286,11 +289,28 @@ def _stage_times(
         backward_s=backward_s,
         has_zero_passes=has_zero_passes,
         zero_pass_s=(gather, scatter),
+        zero_pass_hidden_s=(hidden_forward, hidden_backward),
         zero_exposed_s=exposed,
         zero_hidden_s=hidden,
         hop_s=hop_s,
         exposed_hop_s=hop_s * (1.0 - system.stack.overlap.pipeline_p2p),
     )
+
+
+def _hidden_of_passes(
+    system: System,
+    plan: StagePlan,
+    costs: StateCosts,
+    pass_s: FloatArray,
+    gather_s: FloatArray,
+    reduced_s: FloatArray | float = 0.0,
+) -> FloatArray:
+    """What hides of ZeRO's collectives of a pass: gathered layer by layer beforehand, or as the stack achieves."""
+    if not system.scenario.overlap.prefetch:
+        return np.minimum((gather_s + reduced_s) * system.stack.overlap.data_parallel, pass_s)
+    layers = np.maximum(plan.counts.sum(axis=0), 1.0)[:, None]
+    together_s = prefetched_s(pass_s, gather_s, layers, reduced_s, loss=costs.reduction_loss)
+    return np.maximum(gather_s + reduced_s - (together_s - pass_s), 0.0)
 
 
 def _hops(system: System, columns: Columns) -> FloatArray:
@@ -361,7 +381,8 @@ def _step_end(
     end = finish[:, pass_case]
     end += (costs.reduction_s + costs.update_gather_s + costs.optimizer_s + costs.host_s)[:, state_case]
     eta = system.stack.overlap.data_parallel
-    end -= np.minimum((costs.reduction_s * eta)[:, state_case], backward[:, pass_case])
+    at_rows = (costs.reduction_s[:, state_case], backward[:, pass_case])
+    end -= hidden_reduction_s(*at_rows, eta, costs.reduction_buckets[:, state_case], costs.reduction_loss)
     if costs.update_gather_s.any():
         end -= np.minimum((costs.update_gather_s * eta)[:, state_case], forward[:, pass_case])
     return np.asarray(end.max(axis=0))

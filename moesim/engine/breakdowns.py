@@ -8,6 +8,7 @@ import numpy as np
 
 from moesim.engine.analytical import PlanEvaluation
 from moesim.engine.layer_cases import PHASES
+from moesim.engine.overlaps import hidden_reduction_s
 from moesim.structure.columns import Columns
 
 
@@ -47,9 +48,16 @@ def step_end(evaluation: PlanEvaluation, row: int, stage: int) -> StepEnd:
     at = (stage, int(evaluation.state_case[row]))
     reduction, gather = float(costs.reduction_s[at]), float(costs.update_gather_s[at])
     eta = evaluation.data_parallel_overlap
+    hidden_s = hidden_reduction_s(
+        np.array(reduction),
+        times.backward_s[chunks, pass_case].sum() / placed.directions,
+        eta,
+        costs.reduction_buckets[at],
+        costs.reduction_loss,
+    )
     return StepEnd(
         reduction_s=reduction,
-        hidden_reduction_s=min(reduction * eta, float(times.backward_s[chunks, pass_case].sum()) / placed.directions),
+        hidden_reduction_s=float(hidden_s),
         gather_s=gather,
         hidden_gather_s=min(gather * eta, float(times.forward_s[chunks, pass_case].sum()) / placed.directions),
         optimizer_s=float(costs.optimizer_s[at]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +12,9 @@ from moesim.cost.host_times import expert_messages_s, host_time_s
 from moesim.cost.layer_times import COMMUNICATION_STREAMS, REPORTED_AS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import OverlapAchieved, Stack
+from moesim.describe.overlap import Overlap
 from moesim.describe.scenario import Scenario
+from moesim.engine.block_overlaps import Totals, block_mechanisms, divided
 from moesim.structure.columns import RECOMPUTE_CODES, Columns, Distinct, FloatArray, IntArray
 from moesim.structure.layers import LayerKind, LayerSequence
 from moesim.structure.lowering import LoweringContext, token_columns
@@ -164,7 +166,8 @@ def layer_cases(
 ) -> LayerCases:
     """Price every table once per distinct case of what it reads, then apply recompute and overlap."""
     priced = priced_blocks(scenario, stack, sequence, columns, hardware, load_factor)
-    assembler = _Assembler(stack, scenario.workload.kind == "training", priced.columns["recompute"])
+    is_training = scenario.workload.kind == "training"
+    assembler = _Assembler(stack, is_training, priced.columns["recompute"], scenario.overlap, hardware)
     layers = tuple(assembler.block(block) for block in priced.layers)
     first, last, moe_modules = assembler.block(priced.first), assembler.block(priced.last), 0
     if priced.module is not None:
@@ -213,6 +216,9 @@ def _joined(block: Block, other: Block) -> Block:
     return Block(name, is_moe, join(block.forward, other.forward), join(block.backward, other.backward))
 
 
+StreamSeconds = dict[str, tuple[FloatArray, FloatArray]]
+
+
 @dataclass(frozen=True)
 class _Assembler:
     """Puts priced tables together into blocks: recompute added to the backward phase, communication overlapped."""
@@ -220,6 +226,8 @@ class _Assembler:
     stack: Stack
     is_training: bool
     recompute: FloatArray
+    overlap: Overlap
+    hardware: Hardware
 
     def block(self, priced: PricedBlock) -> Block:
         """One block; ends of the model are never recomputed."""
@@ -236,16 +244,22 @@ class _Assembler:
                 if messages_s := expert_messages_s(times.host, self.stack.launch):
                     phase.exposed_s["all_to_all"] = np.add(phase.exposed_s.get("all_to_all", 0.0), messages_s)
                     phase.serial_s = phase.serial_s + messages_s
-        for phase in (forward, backward, selective):
-            self._overlap(phase)
+        streams = [self._overlap(phase) for phase in (forward, backward, selective)]
+        if priced.is_moe and self.overlap.is_in_blocks:
+            self._run_mechanisms(priced, (forward, backward), streams)
         if self.is_training and not priced.is_end:
             self._recompute(backward, forward, selective)
         return Block(priced.name, priced.is_moe, forward, backward)
 
-    def _overlap(self, phase: BlockPhase) -> None:
-        """Hide each communication under compute, at most the share the stack achieves and the compute there is."""
+    def _overlap(self, phase: BlockPhase) -> StreamSeconds:
+        """Hide each communication under compute, at most the share the stack achieves and the compute there is.
+
+        Returns seconds and hidden seconds of each stream.
+        """
         budget = sum((value for key, value in phase.exposed_s.items() if key not in COMMUNICATION_STREAMS), 0.0)
+        streams = {}
         for stream, hidden in hidden_seconds(phase.exposed_s, budget, self.stack.overlap).items():
+            streams[stream] = (phase.exposed_s[stream], hidden)
             phase.exposed_s[stream], phase.hidden_s[stream] = phase.exposed_s[stream] - hidden, hidden
         for stream, name in REPORTED_AS.items():
             for parts in (phase.exposed_s, phase.hidden_s):
@@ -254,6 +268,26 @@ class _Assembler:
         phase.device_s = sum(phase.exposed_s.values(), 0.0)
         if phase.ideal_parts_s:
             phase.ideal_s = np.maximum.reduce(list(phase.ideal_parts_s.values()))
+        return streams
+
+    def _run_mechanisms(
+        self, priced: PricedBlock, phases: Sequence[BlockPhase], streams: Sequence[StreamSeconds]
+    ) -> None:
+        """Replace what the stack achieves by what the run's mechanisms do."""
+        phases = phases if self.is_training else phases[:1]
+        before = [
+            Totals(
+                phase.exposed_s,
+                phase.hidden_s,
+                {name: 1.0 - divided(hidden, whole, 0.0) for name, (whole, hidden) in seconds.items()},
+            )
+            for phase, seconds in zip(phases, streams, strict=False)
+        ]
+        after = block_mechanisms(self.overlap, self.stack, self.hardware, priced.tables).phases(before)
+        for phase, plain, totals in zip(phases, before, after, strict=True):
+            phase.exposed_s, phase.hidden_s = dict(totals.exposed_s), dict(totals.hidden_s)
+            phase.device_s = sum(phase.exposed_s.values(), 0.0)
+            phase.weight_gradient_s = phase.weight_gradient_s * divided(totals.compute_s, plain.compute_s, 1.0)
 
     def _recompute(self, backward: BlockPhase, forward: BlockPhase, selective: BlockPhase) -> None:
         full = (self.recompute == RECOMPUTE_CODES["full"]).astype(np.float64)

@@ -12,8 +12,10 @@ import numpy as np
 from moesim.cost.host_times import replays_step
 from moesim.cost.state_costs import hop_message
 from moesim.engine.analytical import PlanEvaluation, System, evaluate
+from moesim.engine.block_overlaps import block_mechanisms
 from moesim.engine.breakdowns import StepEnd, step_end
 from moesim.engine.layer_cases import PricedBlock, PricedBlocks, priced_blocks
+from moesim.engine.overlapped_scopes import scope_rewrite
 from moesim.engine.rank_max_plus import (
     Nodes,
     PassKey,
@@ -22,7 +24,15 @@ from moesim.engine.rank_max_plus import (
     pass_counts,
     program_nodes,
 )
-from moesim.engine.stream_times import BlockProgram, BlockTimes, ChunkBlocks, ChunkPass, RankSeconds, StretchRule
+from moesim.engine.stream_times import (
+    BlockProgram,
+    BlockTimes,
+    ChunkBlocks,
+    ChunkPass,
+    RankSeconds,
+    ScopeRewrite,
+    StretchRule,
+)
 from moesim.structure.columns import Columns, FloatArray, IntArray
 from moesim.structure.layers import LayerSequence, layer_sequence
 from moesim.structure.lowering import LoweringContext
@@ -137,7 +147,14 @@ class PreparedStep:
         blocks: list[PricedBlock] = [*priced.layers, priced.first, priced.last]
         if priced.module is not None:
             blocks.append(priced.module)
-        return tuple(BlockProgram(block, self.system.stack, recompute) for block in blocks)
+        stack = self.system.stack
+        return tuple(BlockProgram(block, stack, recompute, self._rewrite(block)) for block in blocks)
+
+    def _rewrite(self, block: PricedBlock) -> ScopeRewrite | None:
+        overlap = self.system.scenario.overlap
+        if not (block.is_moe and overlap.is_in_blocks):
+            return None
+        return scope_rewrite(block_mechanisms(overlap, self.system.stack, self.system.hardware, block.tables))
 
     def stretch_rule(self) -> StretchRule:
         """Counts copied to the host empty the queue in every MoE layer's forward pass."""
@@ -152,6 +169,15 @@ class PreparedStep:
         case = self.evaluation.pass_case[0]
         forward, backward = (float(part[chunk, case]) for part in self.evaluation.times.zero_pass_s)
         return {FORWARD: forward, BACKWARD: backward, INPUT_GRADIENT: backward}
+
+    def zero_overlap(self, chunk: int) -> dict[int, float]:
+        """Share of them that hides: as the stack achieves, or as prefetching does."""
+        if not self.system.scenario.overlap.prefetch:
+            return dict.fromkeys((FORWARD, BACKWARD, INPUT_GRADIENT), self.evaluation.data_parallel_overlap)
+        case, times, whole = self.evaluation.pass_case[0], self.evaluation.times, self.zero_s(chunk)
+        forward, backward = (float(part[chunk, case]) for part in times.zero_pass_hidden_s)
+        hidden = {FORWARD: forward, BACKWARD: backward, INPUT_GRADIENT: backward}
+        return {phase: hidden[phase] / whole[phase] if whole[phase] else 0.0 for phase in hidden}
 
 
 def prepare_step(system: System, columns: Columns) -> PreparedStep:
@@ -209,7 +235,7 @@ class _PassBuilder:
                 groups=tuple(self._groups(stage, chunk)),
                 rule=self.rule,
                 zero_s=self.step.zero_s(chunk) if self.links is None else self.links.zero_s(stage, chunk),
-                zero_overlap=self.step.evaluation.data_parallel_overlap,
+                zero_overlap=self.step.zero_overlap(chunk),
             )
         return self.blocks[stage, chunk].chunk_pass(phase)
 

@@ -114,13 +114,21 @@ class ChunkPass:
         return sum((stretch.host_s for stretch in self.stretches), np.zeros((1, 1)))
 
 
+ScopeRewrite = Callable[[Scope, Scope], tuple[Scope, Scope]]
+"""What mechanisms of overlap make of a block's forward and backward scope."""
+
+
 @dataclass(frozen=True)
 class BlockProgram:
-    """Operations of a priced block in the order of execution, their even seconds, and its host seconds by phase."""
+    """Operations of a priced block in the order of execution, their even seconds, and its host seconds by phase.
+
+    ``rewrite`` is for blocks that overlap as a run asks for, not as the stack achieves.
+    """
 
     block: PricedBlock
     stack: Stack
     recompute: int
+    rewrite: ScopeRewrite | None = None
 
     @cached_property
     def operations(self) -> tuple[StreamOperation, ...]:
@@ -179,7 +187,10 @@ class BlockProgram:
             for row in self.operations
         }
         forward = self._scope(by_phase["forward"], seconds, "forward")
-        backward: tuple[Scope, ...] = (self._scope(by_phase["backward"], seconds, "backward"),)
+        last = self._scope(by_phase["backward"], seconds, "backward")
+        if self.rewrite is not None:
+            forward, last = self.rewrite(forward, last)
+        backward: tuple[Scope, ...] = (last,)
         host_backward_s = self.host_s("backward")
         if is_training and not self.block.is_end:
             if self.recompute == RECOMPUTE_CODES["full"]:
@@ -288,28 +299,28 @@ class ChunkBlocks:
     """Blocks of a chunk on the ranks of a stage, in order.
 
     ``groups`` has together what is one block to the host: a layer, or an end of the model. ``zero_s`` by phase are
-    ZeRO's collectives of a pass, of which the share ``zero_overlap`` hides.
+    ZeRO's collectives of a pass, of which the share ``zero_overlap`` by phase hides.
     """
 
     groups: tuple[tuple[BlockTimes, ...], ...]
     rule: StretchRule
     zero_s: Mapping[int, float]
-    zero_overlap: float
+    zero_overlap: Mapping[int, float]
 
     def chunk_pass(self, phase: int) -> ChunkPass:
         """The pass of a phase of the schedule."""
-        zero_s = self.zero_s.get(phase, 0.0)
+        zero_s, overlap = self.zero_s.get(phase, 0.0), self.zero_overlap.get(phase, 0.0)
         if phase == FORWARD:
-            return ChunkPass(self._forward(), zero_s, self.zero_overlap)
+            return ChunkPass(self._forward(), zero_s, overlap)
         if phase == WEIGHT_GRADIENT:
             return ChunkPass((Stretch(self._weight_gradients(), np.zeros((1, 1))),))
         if phase == BACKWARD:
             blocks = tuple(BlockPass(block.layer, block.backward) for block in self._reversed())
-            return ChunkPass((Stretch(blocks, self._backward_host_s()),), zero_s, self.zero_overlap)
+            return ChunkPass((Stretch(blocks, self._backward_host_s()),), zero_s, overlap)
         blocks = tuple(BlockPass(block.layer, _split(block.backward)[0]) for block in self._reversed())
         later_s = sum((timed.exposed_s + timed.extra_s for timed in self._weight_operations()), np.zeros((1, 1)))
         stretch = Stretch(blocks, np.maximum(self._backward_host_s() - later_s, 0.0))
-        return ChunkPass((stretch,), zero_s, self.zero_overlap, later_s)
+        return ChunkPass((stretch,), zero_s, overlap, later_s)
 
     def _forward(self) -> tuple[Stretch, ...]:
         passes = [tuple(BlockPass(block.layer, block.forward) for block in group) for group in self.groups]

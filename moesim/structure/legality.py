@@ -80,6 +80,7 @@ def legality_rules(scenario: Scenario, cluster: Cluster, columns: Columns) -> It
     yield from _model_rules(scenario, columns)
     yield from _sharded_sequence_rules(scenario, columns)
     yield from _pipeline_rules(scenario, columns)
+    yield from _overlap_rules(scenario, columns)
     if scenario.model.moe is not None:
         yield from _mesh_rules(scenario, columns)
         yield from _expert_rules(scenario, columns)
@@ -303,6 +304,28 @@ def _schedule_rules(schedule: str, columns: Columns) -> Iterator[Rule]:
             f"{schedule} needs at least two micro-batches per stage to fill both ways, and "
             + "{num_micro_batches} micro-batches are fewer than 2 x {stages}",
             "use fewer stages or more micro-batches per step",
+        )
+
+
+def _overlap_rules(scenario: Scenario, columns: Columns) -> Iterator[Rule]:
+    """Mechanisms of overlap that need a second micro-batch, or parameters that are gathered."""
+    if scenario.overlap.two_micro_batches:
+        yield Rule(
+            "one_micro_batch_cannot_interleave",
+            "E-SCN-011",
+            "overlap.two_micro_batches",
+            columns["num_micro_batches"] < 2,
+            "two_micro_batches with {num_micro_batches} micro-batch per data-parallel rank and step",
+            "use a smaller workload.sequences_per_micro_batch or more sequences_per_step, or leave it out",
+        )
+    if scenario.overlap.prefetch:
+        yield Rule(
+            "nothing_to_prefetch",
+            "E-SCN-011",
+            "overlap.prefetch",
+            columns["zero_stage"] < 3,
+            "prefetch with zero_stage {zero_stage}, which gathers no parameters in a pass",
+            "use zero_stage: 3, or leave it out",
         )
 
 
