@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
 from moesim.describe.perturbations import Perturbations
+from moesim.describe.scenario import Scenario
 from moesim.engine.event_driven import run_step
 from moesim.engine.memory_timeline import memory_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
@@ -17,7 +19,14 @@ from moesim.engine.timelines import Timeline
 from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
 from moesim.engine.uneven_world import loss_attribution
 from moesim.errors import Problem, ScenarioError
-from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
+from moesim.estimation.estimate import (
+    NetworkModel,
+    PricedStep,
+    analytical_step,
+    load_any,
+    step_answer,
+    with_network,
+)
 from moesim.estimation.loading import LoadedScenario
 from moesim.estimation.simulated_step import (
     Agreement,
@@ -83,6 +92,50 @@ class _Sums:
     def means(self, parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Mean over draws by category, (stages, columns)."""
         return {name: seconds / len(self.step_times_s) for name, seconds in parts.items()}
+
+
+def simulate(
+    scenario: Scenario | str | Path,
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    perturbations: Perturbations | None = None,
+    ranks: Sequence[int] = (),
+    records: bool = False,
+    profiles: Sequence[Path] = (),
+    network: NetworkModel = "closed",
+) -> SimulatedStep:
+    """Simulate a step of a scenario on every rank.
+
+    Parameters
+    ----------
+    scenario : Scenario, str or Path
+        A loaded scenario, a scenario file, or the bare name of a shipped one.
+    draws, seed, perturbations, ranks, records
+        As for :func:`simulate_loaded`.
+    profiles : sequence of Path
+        Directories of hardware profiles that go before the shipped ones.
+    network : str
+        As for ``estimate``.
+
+    Returns
+    -------
+    SimulatedStep
+        Its ``estimate`` has what ``moesim.estimate`` gives.
+
+    Raises
+    ------
+    ScenarioError, FormatError
+        If the scenario is wrong; see ``load_scenario``.
+    """
+    return simulate_loaded(
+        with_network(load_any(scenario, profiles), network),
+        draws=draws,
+        seed=seed,
+        perturbations=perturbations,
+        ranks=ranks,
+        records=records,
+    )
 
 
 def simulate_loaded(

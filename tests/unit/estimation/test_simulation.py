@@ -12,6 +12,7 @@ from random_scenarios import loaded as loaded_document
 from random_scenarios import random_document
 from trace_event_rules import check_trace
 
+import moesim
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.describe.perturbations import Perturbations, SlowRank
 from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
@@ -105,6 +106,14 @@ def test_what_is_recorded_is_of_the_first_draw_and_has_the_peak_of_the_memory_mo
     peaks = [rank.peak_memory_bytes or 0 for rank in answer.ranks]
     assert max(peaks) == pytest.approx(memory.peak, abs=8)
     assert peaks.index(max(peaks)) == memory.peak_stage
+
+
+def test_a_name_a_scenario_and_a_loaded_one_give_the_same_answer() -> None:
+    loaded = loaded_scenario("megatron_moe_mixtral_8xh100", UNEVEN)
+    answers = [moesim.simulate(loaded.scenario, draws=2, seed=3), simulate_loaded(loaded, draws=2, seed=3)]
+    assert answers[0].step_times_s.tolist() == answers[1].step_times_s.tolist()
+    by_name = moesim.simulate("megatron_moe_mixtral_8xh100")
+    assert by_name.estimate.step_time_s == pytest.approx(moesim.estimate("megatron_moe_mixtral_8xh100").step_time_s)
 
 
 def test_ranks_are_reported_without_a_recording() -> None:
