@@ -2,6 +2,9 @@
 
 It prices the operations that the analytical engine prices and runs them rank by rank: a pass starts when what it needs
 is there, a collective when its last member is. Where loads are even and all ranks alike, both engines agree.
+
+The share of a communication that a stack hides is hidden from time, not from order: its collective still waits for the
+last member where it stands in line, and what is hidden is drawn beside the compute of its block, under which it fits.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from random_scenarios import loaded, random_document, shipped_library, with_fields
+from rank_by_rank import pipeline_finish_s as plain_finish_s
 from timeline_checks import early_passes, overlapping_events, separate_ends, unsorted_events
 
 from moesim.engine.analytical import evaluate
@@ -28,9 +29,9 @@ def step_time_s(scenario: LoadedScenario) -> float:
     return float(evaluation.step_time_s[0])
 
 
-@lru_cache(maxsize=1)
-def small() -> LoadedScenario:
-    """Mixtral on 32 ranks: two stages, expert parallelism 8, two data replicas."""
+@lru_cache(maxsize=16)
+def small(*more: str) -> LoadedScenario:
+    """Four layers of Mixtral on 32 ranks: two stages, expert parallelism 8, two data replicas, four micro-batches."""
     changes = [
         "parallelism.pipeline={stages: 2}",
         "parallelism.data=auto",
@@ -39,6 +40,7 @@ def small() -> LoadedScenario:
         "devices=32",
         "workload.sequences_per_step=64",
         "model.layers.0.count=4",
+        *more,
     ]
     return load("mixtral_8x7b", assignments=changes, library=shipped_library())
 
@@ -194,6 +196,34 @@ class TestWhatNoMachineCanDo:
             assert timeline.messages.num_bytes[down].sum() == pytest.approx(16 * micro_batches * step.hop_bytes)
 
 
+class TestPlainPythonRankByRank:
+    """The same operations without folding, arrays or an unrolled program."""
+
+    def agrees(self, scenario: LoadedScenario, seed: int) -> None:
+        step = prepare_step(scenario.system, scenario.columns)
+        count = step.ranks.stages * step.ranks.count
+        dice = np.random.default_rng(seed)
+        loads, delays = random_loads(step, seed=seed), RankDelays(compute_factor=1.0 + dice.random(count))
+        run = run_step(step, loads=loads, delays=delays)
+        passes = step.passes([loads], lambda stage: delays.compute_factor_of(step.ranks, stage, slice(1)))
+        np.testing.assert_allclose(run.pipeline_finish_s[0], plain_finish_s(step, passes), rtol=1e-12)
+
+    def test_random_scenarios(self):
+        tried = 0
+        for seed in range(60):
+            scenario = loaded(random_document(seed))
+            passes = scenario.columns["num_micro_batches"][0] * scenario.columns["devices"][0]
+            if scenario.scenario.workload.kind == "training" and passes <= 600:
+                self.agrees(scenario, seed)
+                tried += 1
+        assert tried >= 10
+
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_every_schedule(self, schedule):
+        virtual = 2 if schedule in (*FOLDED, "interleaved_one_f_one_b") else 1
+        self.agrees(small(f"parallelism.pipeline={{stages: 2, schedule: {schedule}, virtual_stages: {virtual}}}"), 5)
+
+
 class TestDeterminism:
     def test_same_loads_give_the_same_bytes(self):
         step, again = small_step(), prepare_step(small().system, small().columns)
@@ -228,6 +258,34 @@ class TestDeterminism:
         turned = run_step(step, loads={key: values[:, order] for key, values in loads.items()})
         np.testing.assert_allclose(turned.finish_s, plain.finish_s[:, :, order], rtol=1e-12)
         assert turned.step_time_s[0] == pytest.approx(plain.step_time_s[0], rel=1e-12)
+
+
+class TestBothWays:
+    """DualPipe: every stage holds two chunks, one for each direction."""
+
+    def test_one_mapping_of_loads_stands_for_both_directions(self):
+        scenario = small("parallelism.pipeline={stages: 2, schedule: dualpipe}")
+        step = prepare_step(scenario.system, scenario.columns)
+        loads = random_loads(step)
+        one, two = run_step(step, loads=loads), run_step(step, loads=[loads, loads])
+        np.testing.assert_array_equal(one.finish_s, two.finish_s)
+
+    def test_each_direction_has_loads_of_its_own(self):
+        scenario = small("parallelism.pipeline={stages: 2, schedule: dualpipe}")
+        step = prepare_step(scenario.system, scenario.columns)
+        loads = random_loads(step)
+        slow = {key: 2.0 * values for key, values in loads.items()}
+        even, up, down = (run_step(step, loads=[*pair]) for pair in ((loads, loads), (loads, slow), (slow, loads)))
+        assert up.step_time_s[0] > even.step_time_s[0]
+        assert up.step_time_s[0] == pytest.approx(down.step_time_s[0], rel=0.02)
+        np.testing.assert_allclose(up.pipeline_finish_s[0, ::-1], down.pipeline_finish_s[0], rtol=0.05)
+
+    def test_stages_with_the_same_chunks_exchange_gradients_at_once(self):
+        scenario = small("parallelism.pipeline={stages: 2, schedule: dualpipe}")
+        step = prepare_step(scenario.system, scenario.columns)
+        run = run_step(step, loads=[random_loads(step, seed=1), random_loads(step, seed=2)])
+        assert np.ptp(run.pipeline_finish_s.max(axis=2)) > 1e-6
+        assert np.ptp(run.finish_s) == pytest.approx(0.0, abs=1e-9)
 
 
 class TestSlowRanks:
