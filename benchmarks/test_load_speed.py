@@ -6,6 +6,7 @@ import pytest
 from random_scenarios import shipped_library
 
 from moesim.cost.loaded_times import loaded_times
+from moesim.engine.uneven_steps import UnevenSteps
 from moesim.estimation.loading import load
 from moesim.structure.layers import layer_sequence
 from moesim.structure.lowering import LoweringContext
@@ -39,3 +40,16 @@ def test_seconds_at_all_loads(benchmark, name):
     loads = rank_loads(token_loads(DIRICHLET, sizes, steps=range(draws), layers=range(layers), seed=1), members)
     times = benchmark(loaded_times, operations, loads, scenario.system.hardware)
     assert times.seconds(next(iter(times.kinds)), 0).shape == (draws, members.size)
+
+
+@pytest.mark.benchmark(group="whole")
+@pytest.mark.parametrize("name", CASES)
+def test_steps_at_drawn_loads(benchmark, name):
+    """A hundred steps of Mixtral on 64 ranks; one of DeepSeek-V3 on 2,048, both copies of DualPipe."""
+    fields = ["model.moe.router.imbalance={kind: preset, name: W3}"]
+    if name == "deepseek_v3":
+        fields.append("parallelism.pipeline.schedule=dualpipe")
+    scenario = load(name, assignments=fields, library=shipped_library())
+    draws = CASES[name][1]
+    runs = benchmark(lambda: UnevenSteps(scenario.system, scenario.columns, seed=1).run(range(draws)))
+    assert runs.run.step_time_s.shape == (draws,)
