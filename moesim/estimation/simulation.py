@@ -49,6 +49,7 @@ MANY_EVENTS, MOST_EVENTS = 2_000_000, 10_000_000
 """Recorded operations above which viewers are slow, and above which they take more memory than a trace is worth."""
 
 LARGEST_GROWTH = 16.0
+ROUNDING = 1e-12
 
 Advance = Callable[[int, int], None]
 
@@ -234,8 +235,8 @@ def _answer(
         step_time_s=step_time_s,
         lower_s=min(analytical.lower_s, step_time_s),
         upper_s=max(analytical.upper_s, step_time_s),
-        exposed_s={name: float(seconds[critical].mean()) for name, seconds in exposed.items()},
-        hidden_s={name: float(seconds[critical].mean()) for name, seconds in hidden.items()},
+        exposed_s=_of_stage(exposed, critical, step_time_s),
+        hidden_s=_of_stage(hidden, critical, step_time_s),
     )
     priced_s = float(run_step(as_priced).step_time_s[0])
     recording = None if timeline is None else _recording(loaded, as_priced, timeline, asked.ranks)
@@ -259,6 +260,12 @@ def _answer(
         agreement=Agreement(analytical.step_time_s, priced_s, priced_s / analytical.step_time_s - 1.0),
         recording=recording,
     )
+
+
+def _of_stage(parts: Mapping[str, FloatArray], stage: int, step_time_s: float) -> dict[str, float]:
+    """Mean over the ranks of a stage by category; what differences of sums leave by rounding is nothing."""
+    means = {name: float(seconds[stage].mean()) for name, seconds in parts.items()}
+    return {name: mean if abs(mean) > ROUNDING * step_time_s else 0.0 for name, mean in means.items()}
 
 
 def _routing(loaded: LoadedScenario, expected: RoutingAnswer, sums: _Sums) -> RoutingAnswer:

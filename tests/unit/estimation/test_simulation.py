@@ -38,6 +38,8 @@ def loaded_scenario(name: str, *assignments: str) -> LoadedScenario:
 def check_sums(answer: SimulatedStep) -> None:
     estimate = answer.estimate
     assert sum(estimate.exposed_s.values()) == pytest.approx(estimate.step_time_s, rel=1e-9)
+    assert min(estimate.exposed_s.values()) >= 0
+    assert min(estimate.hidden_s.values()) >= 0
     assert estimate.lower_s <= estimate.step_time_s <= estimate.upper_s
     for shares in (*answer.stages, *answer.ranks):
         total = shares.busy_fraction + shares.exposed_fraction + shares.idle_fraction
