@@ -112,8 +112,14 @@ def simulate(
     ----------
     scenario : Scenario, str or Path
         A loaded scenario, a scenario file, or the bare name of a shipped one.
-    draws, seed, perturbations, ranks, records
-        As for :func:`simulate_loaded`.
+    draws, seed : int
+        As for :func:`simulate_loaded`, as the following.
+    perturbations : Perturbations, optional
+        What is slow or late.
+    ranks : sequence of int
+        Ranks to report on.
+    records : bool
+        Whether to record them.
     profiles : sequence of Path
         Directories of hardware profiles that go before the shipped ones.
     network : str
