@@ -12,8 +12,9 @@ import numpy as np
 
 from moesim.describe.perturbations import Perturbations
 from moesim.describe.scenario import Scenario
+from moesim.engine.drawn_loads import drawn_loads
 from moesim.engine.event_driven import run_step
-from moesim.engine.memory_timeline import memory_contents, memory_timeline
+from moesim.engine.memory_timeline import loaded_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.timelines import Timeline
 from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
@@ -245,7 +246,7 @@ def _answer(
         hidden_s=_of_stage(hidden, critical, step_time_s),
     )
     priced_s = float(run_step(as_priced).step_time_s[0])
-    recording = None if timeline is None else _recording(loaded, as_priced, timeline, asked.ranks)
+    recording = None if timeline is None else _recording(world, timeline, asked.ranks)
     estimate = step_answer(loaded, evaluation, times)
     warnings = [*estimate.warnings, *_warnings(timeline, sums, estimate.memory.capacity)]
     waits = ("pipeline_bubble", "pipeline_p2p")
@@ -308,10 +309,18 @@ def _recorded_ranks(
         yield RecordedRank(busy, exposed, idle, rank, stage, alike, peak)
 
 
-def _recording(loaded: LoadedScenario, step: PreparedStep, timeline: Timeline, ranks: Sequence[int]) -> Recording:
-    contents = memory_contents(loaded.system, loaded.columns, step.evaluation)
-    stage_of_rank = dict(zip(ranks, step.ranks.place(ranks)[0].tolist(), strict=True))
-    return Recording(timeline, memory_timeline(timeline, contents, stage_of_rank))
+def _recording(world: UnevenSteps, timeline: Timeline, ranks: Sequence[int]) -> Recording:
+    """Timeline of the first draw with the memory of its ranks at their loads."""
+    step = world.step
+    loads = drawn_loads(
+        step.system,
+        step.columns,
+        step.sequence,
+        steps=[0],
+        seed=world.seed,
+        directions=step.evaluation.plan.placed.directions,
+    )
+    return Recording(timeline, memory_timeline(timeline, loaded_contents(step, loads, ranks)))
 
 
 def _warnings(timeline: Timeline | None, sums: _Sums, capacity: int) -> Iterator[AnswerWarning]:
