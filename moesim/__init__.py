@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from moesim.describe.scenario import Scenario
     from moesim.estimation.estimate import estimate
     from moesim.estimation.loading import load_scenario
+    from moesim.estimation.simulated_step import SimulatedStep
+    from moesim.estimation.simulation import simulate
     from moesim.estimation.spaces import Space, read_space
     from moesim.estimation.step_estimate import StepEstimate
     from moesim.estimation.tables import EstimateTable, estimate_many
@@ -21,23 +23,27 @@ __version__ = "0.1.0"
 __all__ = [
     "EstimateTable",
     "Scenario",
+    "SimulatedStep",
     "Space",
     "StepEstimate",
     "estimate",
     "estimate_many",
     "load_scenario",
     "read_space",
+    "simulate",
 ]
 
 _HOMES = {
     "EstimateTable": "moesim.estimation.tables",
     "Scenario": "moesim.describe.scenario",
+    "SimulatedStep": "moesim.estimation.simulated_step",
     "Space": "moesim.estimation.spaces",
     "StepEstimate": "moesim.estimation.step_estimate",
     "estimate": "moesim.estimation.estimate",
     "estimate_many": "moesim.estimation.tables",
     "load_scenario": "moesim.estimation.loading",
     "read_space": "moesim.estimation.spaces",
+    "simulate": "moesim.estimation.simulation",
 }
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moesim.engine.analytical import PlanEvaluation, System
+from moesim.engine.drawn_loads import DrawnLoads
+from moesim.engine.step_passes import PreparedStep
 from moesim.engine.timelines import STREAMS, Timeline
 from moesim.structure.columns import Columns, FloatArray, IntArray
 from moesim.structure.layers import layer_sequence
+from moesim.structure.loaded_memory import loaded_bytes
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.memory_footprint import CATEGORIES, chunk_activations
 
+STATES: tuple[str, ...] = ("weights", "gradients", "optimizer")
 ITEM_STREAMS = tuple(STREAMS.index(name) for name in STREAMS if name not in ("data_parallel", "pipeline_p2p", "pcie"))
 """Streams whose operations belong to a chunk's pass itself, not to what comes before or after it."""
 SIMULTANEOUS = 1e-10
@@ -24,19 +28,19 @@ SIMULTANEOUS = 1e-10
 
 @dataclass(frozen=True)
 class MemoryContents:
-    """What one scenario puts into memory, bytes.
+    """What one rank has in memory, bytes.
 
-    ``states`` by category and ``buffers`` are of shape (stages,) and stay; ``kept`` (chunks,), ``loss`` and ``rebuilt``
-    are those of ``ChunkActivations``; ``constant`` (stages,) are activations of inference, which no micro-batch adds
-    to. ``fixed`` and the fraction give the category "other".
+    ``states`` by category and ``buffers`` stay, and so does ``constant``: activations of inference, which no
+    micro-batch adds to. ``kept`` (chunks of the model,), ``loss`` and ``rebuilt`` are those of ``ChunkActivations``.
+    ``fixed`` and the fraction give the category "other".
     """
 
-    states: Mapping[str, FloatArray]
-    buffers: FloatArray
+    states: Mapping[str, float]
+    buffers: float
     kept: FloatArray
     loss: float
     rebuilt: float
-    constant: FloatArray
+    constant: float
     fixed: float
     fragmentation_fraction: float
 
@@ -71,8 +75,8 @@ class MemoryTimeline:
         return {int(rank): float(total[self.rank == rank].max()) for rank in np.unique(self.rank)}
 
 
-def memory_contents(system: System, columns: Columns, evaluation: PlanEvaluation) -> MemoryContents:
-    """What the scenario of a table of one row puts into memory.
+def stage_contents(system: System, columns: Columns, evaluation: PlanEvaluation) -> tuple[MemoryContents, ...]:
+    """What a rank of each stage has in memory, at the load that the analytical engine assumes.
 
     Parameters
     ----------
@@ -85,33 +89,89 @@ def memory_contents(system: System, columns: Columns, evaluation: PlanEvaluation
     """
     memory = evaluation.memory
     of_state, of_work = int(memory.state_case[0]), int(memory.work_case[0])
-    states = {name: getattr(memory.states, name)[:, of_state] for name in ("weights", "gradients", "optimizer")}
     context = LoweringContext(system.scenario, system.stack, columns.take(np.zeros(1, dtype=np.int64)))
     activations = chunk_activations(context, layer_sequence(system.scenario.model), evaluation.plan, system.load_factor)
     is_training = system.scenario.workload.kind == "training"
-    return MemoryContents(
-        states=states,
-        buffers=memory.work.buffers[:, of_work],
-        kept=activations.kept[:, 0] * is_training,
-        loss=float(activations.loss[0]) * is_training,
-        rebuilt=float(activations.rebuilt[0]) * is_training,
-        constant=memory.work.activations[:, of_work] * (not is_training),
-        fixed=memory.fixed,
-        fragmentation_fraction=memory.fragmentation_fraction,
+    return tuple(
+        MemoryContents(
+            states={name: float(getattr(memory.states, name)[stage, of_state]) for name in STATES},
+            buffers=float(memory.work.buffers[stage, of_work]),
+            kept=activations.kept[:, 0] * is_training,
+            loss=float(activations.loss[0]) * is_training,
+            rebuilt=float(activations.rebuilt[0]) * is_training,
+            constant=float(memory.work.activations[stage, of_work]) * (not is_training),
+            fixed=memory.fixed,
+            fragmentation_fraction=memory.fragmentation_fraction,
+        )
+        for stage in range(evaluation.plan.stages)
     )
 
 
-def memory_timeline(timeline: Timeline, contents: MemoryContents, stage_of_rank: Mapping[int, int]) -> MemoryTimeline:
-    """Follow the activations of every recorded rank.
+def loaded_contents(step: PreparedStep, loads: DrawnLoads, ranks: Sequence[int]) -> dict[int, MemoryContents]:
+    """What ranks have in memory at the loads of a first draw.
+
+    Parameters
+    ----------
+    step : PreparedStep
+        At mean load.
+    loads : DrawnLoads
+        Of its layers.
+    ranks : sequence of int
+        Global ranks.
+    """
+    of_stage = stage_contents(step.system, step.columns, step.evaluation)
+    stages, places = (part.tolist() for part in step.ranks.place(ranks))
+    return {
+        rank: of_stage[stage] if not loads.kinds else _loaded(step, loads, of_stage[stage], stage, place)
+        for rank, stage, place in zip(ranks, stages, places, strict=True)
+    }
+
+
+def _loaded(step: PreparedStep, loads: DrawnLoads, contents: MemoryContents, stage: int, place: int) -> MemoryContents:
+    """Contents of the rank at a place in its stage."""
+    context = LoweringContext(step.system.scenario, step.system.stack, step.columns)
+    order = step.sequence.order
+
+    def added(layers: Sequence[tuple[int, FloatArray]], in_flight: float, modules: float) -> tuple[float, float]:
+        found = loaded_bytes(context, step.sequence, layers, in_flight, modules)
+        return float(found.activations[0, 0]), float(found.buffers[0, 0])
+
+    kept, loss = contents.kept.copy(), contents.loss
+    every: list[tuple[int, FloatArray]] = []
+    for chunk in step.evaluation.plan.placed.held[stage].tolist():
+        direction, held = step.direction(stage, chunk), step.chunks[chunk]
+        numbers = [layer.number for layer in held.layers]
+        if held.is_last and step.is_training:
+            numbers += [len(order) + module for module in range(step.sequence.mtp_layers)]
+        layers = []
+        for number in numbers:
+            factor = loads.rows_factor(number, direction)[:1]
+            layers.append((number, factor[:, place : place + 1] if factor.shape[1] > 1 else factor))
+        rebuilt = added(layers, 0.0, 0.0)[0]
+        kept[chunk] += added(layers, 1.0, 0.0)[0] - rebuilt
+        loss += added(layers, 0.0, 1.0)[0] - rebuilt
+        every += layers
+    rebuilt, buffers = added(every, 0.0, 0.0)
+    constant = contents.constant + rebuilt * (not step.is_training)
+    return replace(
+        contents,
+        buffers=contents.buffers + buffers,
+        kept=kept * step.is_training,
+        loss=loss * step.is_training,
+        rebuilt=contents.rebuilt + rebuilt * step.is_training,
+        constant=constant,
+    )
+
+
+def memory_timeline(timeline: Timeline, contents: Mapping[int, MemoryContents]) -> MemoryTimeline:
+    """Follow the activations of some ranks.
 
     Parameters
     ----------
     timeline : Timeline
         What ran when.
-    contents : MemoryContents
-        Bytes of the scenario.
-    stage_of_rank : mapping
-        Pipeline stage of each rank to follow, whether it has operations or not.
+    contents : mapping of int to MemoryContents
+        Bytes of each rank to follow, whether it has operations or not.
 
     Returns
     -------
@@ -125,17 +185,25 @@ def memory_timeline(timeline: Timeline, contents: MemoryContents, stage_of_rank:
     activations. Where a pass begins as another ends, the end comes first. Fragmentation grows and shrinks with what is
     allocated.
     """
-    ranks = np.array(sorted(stage_of_rank), dtype=np.int64)
-    changes = [_changes(timeline, contents, int(rank)) for rank in ranks]
-    rank = np.concatenate([np.full(len(time_s), r) for r, (time_s, _) in zip(ranks, changes, strict=True)])
-    stage = np.array([stage_of_rank[int(r)] for r in ranks], dtype=np.int64)[np.searchsorted(ranks, rank)]
-    parts = {name: part[stage] for name, part in contents.states.items()}
-    parts["activations"] = contents.constant[stage] + np.concatenate([held for _, held in changes])
-    parts["buffers"] = contents.buffers[stage]
-    allocated = np.sum(list(parts.values()), axis=0)
-    parts["other"] = contents.fixed + allocated * contents.fragmentation_fraction
-    ordered = {name: np.asarray(parts[name]) for name in CATEGORIES}
-    return MemoryTimeline(rank, np.concatenate([time_s for time_s, _ in changes]), ordered)
+    columns: dict[str, list[FloatArray]] = {name: [] for name in ("time_s", "rank", *CATEGORIES)}
+    for rank in sorted(contents):
+        own = contents[rank]
+        time_s, held = _changes(timeline, own, rank)
+        constants = {**own.states, "buffers": own.buffers}
+        activations = own.constant + held
+        allocated = activations + sum(constants.values())
+        parts = {
+            **{name: np.full(len(held), value) for name, value in constants.items()},
+            "activations": activations,
+            "other": own.fixed + allocated * own.fragmentation_fraction,
+            "time_s": time_s,
+            "rank": np.full(len(held), float(rank)),
+        }
+        for name, part in parts.items():
+            columns[name].append(part)
+    joined = {name: np.concatenate([np.zeros(0), *parts]) for name, parts in columns.items()}
+    ranks = joined["rank"].astype(np.int64)
+    return MemoryTimeline(ranks, joined["time_s"], {name: joined[name] for name in CATEGORIES})
 
 
 def _changes(timeline: Timeline, contents: MemoryContents, rank: int) -> tuple[FloatArray, FloatArray]:

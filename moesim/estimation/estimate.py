@@ -61,12 +61,15 @@ def estimate(
     ScenarioError, FormatError
         If the scenario is wrong; see ``load_scenario``.
     """
+    return estimate_loaded(with_network(load_any(scenario, profiles), network))
+
+
+def load_any(scenario: Scenario | str | Path, profiles: Sequence[Path] = ()) -> LoadedScenario:
+    """Load a scenario given in any of the forms that ``estimate`` takes; raises as it does."""
     library = HardwareLibrary(profiles)
     if isinstance(scenario, Scenario):
-        loaded = load_document(scenario_document(scenario), library)
-    else:
-        loaded = load(scenario, library=library)
-    return estimate_loaded(with_network(loaded, network))
+        return load_document(scenario_document(scenario), library)
+    return load(scenario, library=library)
 
 
 def with_network(loaded: LoadedScenario, network: NetworkModel) -> LoadedScenario:

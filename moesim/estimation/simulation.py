@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
 from moesim.describe.perturbations import Perturbations
+from moesim.describe.scenario import Scenario
+from moesim.engine.drawn_loads import drawn_loads
 from moesim.engine.event_driven import run_step
-from moesim.engine.memory_timeline import memory_contents, memory_timeline
+from moesim.engine.memory_timeline import loaded_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.timelines import Timeline
 from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
 from moesim.engine.uneven_world import loss_attribution
 from moesim.errors import Problem, ScenarioError
-from moesim.estimation.estimate import PricedStep, analytical_step, step_answer
+from moesim.estimation.estimate import (
+    NetworkModel,
+    PricedStep,
+    analytical_step,
+    load_any,
+    step_answer,
+    with_network,
+)
 from moesim.estimation.loading import LoadedScenario
 from moesim.estimation.simulated_step import (
     Agreement,
@@ -40,6 +50,7 @@ MANY_EVENTS, MOST_EVENTS = 2_000_000, 10_000_000
 """Recorded operations above which viewers are slow, and above which they take more memory than a trace is worth."""
 
 LARGEST_GROWTH = 16.0
+ROUNDING = 1e-12
 
 Advance = Callable[[int, int], None]
 
@@ -83,6 +94,56 @@ class _Sums:
     def means(self, parts: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Mean over draws by category, (stages, columns)."""
         return {name: seconds / len(self.step_times_s) for name, seconds in parts.items()}
+
+
+def simulate(
+    scenario: Scenario | str | Path,
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    perturbations: Perturbations | None = None,
+    ranks: Sequence[int] = (),
+    records: bool = False,
+    profiles: Sequence[Path] = (),
+    network: NetworkModel = "closed",
+) -> SimulatedStep:
+    """Simulate a step of a scenario on every rank.
+
+    Parameters
+    ----------
+    scenario : Scenario, str or Path
+        A loaded scenario, a scenario file, or the bare name of a shipped one.
+    draws, seed : int
+        As for :func:`simulate_loaded`, as the following.
+    perturbations : Perturbations, optional
+        What is slow or late.
+    ranks : sequence of int
+        Ranks to report on.
+    records : bool
+        Whether to record them.
+    profiles : sequence of Path
+        Directories of hardware profiles that go before the shipped ones.
+    network : str
+        As for ``estimate``.
+
+    Returns
+    -------
+    SimulatedStep
+        Its ``estimate`` has what ``moesim.estimate`` gives.
+
+    Raises
+    ------
+    ScenarioError, FormatError
+        If the scenario is wrong; see ``load_scenario``.
+    """
+    return simulate_loaded(
+        with_network(load_any(scenario, profiles), network),
+        draws=draws,
+        seed=seed,
+        perturbations=perturbations,
+        ranks=ranks,
+        records=records,
+    )
 
 
 def simulate_loaded(
@@ -181,11 +242,11 @@ def _answer(
         step_time_s=step_time_s,
         lower_s=min(analytical.lower_s, step_time_s),
         upper_s=max(analytical.upper_s, step_time_s),
-        exposed_s={name: float(seconds[critical].mean()) for name, seconds in exposed.items()},
-        hidden_s={name: float(seconds[critical].mean()) for name, seconds in hidden.items()},
+        exposed_s=_of_stage(exposed, critical, step_time_s),
+        hidden_s=_of_stage(hidden, critical, step_time_s),
     )
     priced_s = float(run_step(as_priced).step_time_s[0])
-    recording = None if timeline is None else _recording(loaded, as_priced, timeline, asked.ranks)
+    recording = None if timeline is None else _recording(world, timeline, asked.ranks)
     estimate = step_answer(loaded, evaluation, times)
     warnings = [*estimate.warnings, *_warnings(timeline, sums, estimate.memory.capacity)]
     waits = ("pipeline_bubble", "pipeline_p2p")
@@ -206,6 +267,12 @@ def _answer(
         agreement=Agreement(analytical.step_time_s, priced_s, priced_s / analytical.step_time_s - 1.0),
         recording=recording,
     )
+
+
+def _of_stage(parts: Mapping[str, FloatArray], stage: int, step_time_s: float) -> dict[str, float]:
+    """Mean over the ranks of a stage by category; what differences of sums leave by rounding is nothing."""
+    means = {name: float(seconds[stage].mean()) for name, seconds in parts.items()}
+    return {name: mean if abs(mean) > ROUNDING * step_time_s else 0.0 for name, mean in means.items()}
 
 
 def _routing(loaded: LoadedScenario, expected: RoutingAnswer, sums: _Sums) -> RoutingAnswer:
@@ -242,10 +309,18 @@ def _recorded_ranks(
         yield RecordedRank(busy, exposed, idle, rank, stage, alike, peak)
 
 
-def _recording(loaded: LoadedScenario, step: PreparedStep, timeline: Timeline, ranks: Sequence[int]) -> Recording:
-    contents = memory_contents(loaded.system, loaded.columns, step.evaluation)
-    stage_of_rank = dict(zip(ranks, step.ranks.place(ranks)[0].tolist(), strict=True))
-    return Recording(timeline, memory_timeline(timeline, contents, stage_of_rank))
+def _recording(world: UnevenSteps, timeline: Timeline, ranks: Sequence[int]) -> Recording:
+    """Timeline of the first draw with the memory of its ranks at their loads."""
+    step = world.step
+    loads = drawn_loads(
+        step.system,
+        step.columns,
+        step.sequence,
+        steps=[0],
+        seed=world.seed,
+        directions=step.evaluation.plan.placed.directions,
+    )
+    return Recording(timeline, memory_timeline(timeline, loaded_contents(step, loads, ranks)))
 
 
 def _warnings(timeline: Timeline | None, sums: _Sums, capacity: int) -> Iterator[AnswerWarning]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from moesim.structure.columns import Columns, FloatArray
 
+MOST_RANKS = 1_000_000
+"""Ranks that a text may name."""
 MESH_COLUMN: dict[str, str] = {
     "tensor": "tensor",
     "context": "context",
@@ -129,7 +131,7 @@ def parse_rank_ranges(text: str) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If the text is no list of numbers and rising ranges.
+        If the text is no list of numbers and rising ranges, or names more than ``MOST_RANKS``.
 
     Examples
     --------
@@ -142,5 +144,7 @@ def parse_rank_ranges(text: str) -> tuple[int, ...]:
         span = range(int(first), int(last if dash else first) + 1)
         if not span:
             raise ValueError(f"{part.strip()} is no rising range")
+        if len(ranks) + len(span) > MOST_RANKS:
+            raise ValueError(f"more than {MOST_RANKS:,} ranks")
         ranks += span
     return tuple(ranks)

@@ -11,7 +11,7 @@ from pipeline_timelines import pipeline_timeline
 
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.engine.analytical import PlanEvaluation, evaluate
-from moesim.engine.memory_timeline import MemoryContents, MemoryTimeline, memory_contents, memory_timeline
+from moesim.engine.memory_timeline import STATES, MemoryContents, MemoryTimeline, memory_timeline, stage_contents
 from moesim.engine.timelines import concatenated
 from moesim.estimation.loading import LoadedScenario, load
 from moesim.resources import shipped_scenarios
@@ -27,7 +27,7 @@ def loaded_scenario(name: str, *assignments: str) -> LoadedScenario:
     return load(name, assignments=assignments, library=HardwareLibrary())
 
 
-def followed(loaded: LoadedScenario) -> tuple[PlanEvaluation, MemoryContents, MemoryTimeline]:
+def followed(loaded: LoadedScenario) -> tuple[PlanEvaluation, tuple[MemoryContents, ...], MemoryTimeline]:
     """Evaluation, contents and memory of every stage of a training step."""
     (evaluation,) = evaluate(loaded.system, loaded.columns)
     times, case = evaluation.times, int(evaluation.pass_case[0])
@@ -40,9 +40,8 @@ def followed(loaded: LoadedScenario) -> tuple[PlanEvaluation, MemoryContents, Me
         float(times.exposed_hop_s[case]),
         times.chunk.weight_gradient_s[:, int(times.chunk_case[case])],
     )
-    contents = memory_contents(loaded.system, loaded.columns, evaluation)
-    stages = {stage: stage for stage in range(evaluation.plan.stages)}
-    return evaluation, contents, memory_timeline(timeline, contents, stages)
+    contents = stage_contents(loaded.system, loaded.columns, evaluation)
+    return evaluation, contents, memory_timeline(timeline, dict(enumerate(contents)))
 
 
 def modelled_peaks(evaluation: PlanEvaluation) -> FloatArray:
@@ -68,7 +67,7 @@ def test_recompute_and_gpipe_agree_too(recompute: str, schedule: str) -> None:
     pipeline = f"parallelism.pipeline={{stages: 4, virtual_stages: 1, schedule: {schedule}}}"
     loaded = loaded_scenario("mixtral_8x7b", pipeline, f"parallelism.recompute={recompute}")
     evaluation, contents, memory = followed(loaded)
-    assert (contents.rebuilt > 0) == (recompute == "full")
+    assert (contents[0].rebuilt > 0) == (recompute == "full")
     np.testing.assert_allclose(list(memory.peaks().values()), modelled_peaks(evaluation), rtol=1e-12)
 
 
@@ -87,27 +86,20 @@ def test_uneven_chunks_are_counted_one_by_one() -> None:
     pipeline = "parallelism.pipeline={stages: 4, virtual_stages: 3, schedule: interleaved_one_f_one_b}"
     evaluation, contents, memory = followed(loaded_scenario("mixtral_8x7b", pipeline))
     found, modelled = np.array(list(memory.peaks().values())), modelled_peaks(evaluation)
-    assert len(np.unique(contents.kept[1:-1])) == 2
+    assert len(np.unique(contents[0].kept[1:-1])) == 2
     assert not np.allclose(found, modelled, rtol=1e-6)
-    largest_over_mean = contents.kept.max() / contents.kept.mean()
+    largest_over_mean = contents[0].kept.max() / contents[0].kept.mean()
     assert (found < modelled * largest_over_mean).all()
     assert found[1] / modelled[1] == pytest.approx(1.077, abs=0.001)
 
 
 def test_one_f_one_b_by_hand() -> None:
     """Two stages, three micro-batches: F0 F1 B0 F2 B1 B2 on the first stage holds 1 2 1 2 1 0 micro-batches."""
-    contents = MemoryContents(
-        states={"weights": np.array([100.0, 50.0]), "gradients": np.zeros(2), "optimizer": np.zeros(2)},
-        buffers=np.zeros(2),
-        kept=np.array([10.0, 5.0]),
-        loss=2.0,
-        rebuilt=0.0,
-        constant=np.zeros(2),
-        fixed=1.0,
-        fragmentation_fraction=0.1,
-    )
+    contents = replace(contents_of_ones(), buffers=0.0, kept=np.array([10.0, 5.0]), loss=2.0, fixed=1.0)
+    contents = replace(contents, fragmentation_fraction=0.1)
+    weights = replace(contents, states={"weights": 100.0, "gradients": 0.0, "optimizer": 0.0})
     timeline = pipeline_timeline("one_f_one_b", 1, 3, np.ones(2), np.full(2, 2.0), 0.0)
-    memory = memory_timeline(timeline, contents, {0: 0, 1: 1})
+    memory = memory_timeline(timeline, {0: weights, 1: contents})
     first, second = memory.of_rank(0), memory.of_rank(1)
     assert first.parts["activations"].tolist() == [0, 10, 20, 10, 20, 10, 0]
     assert second.parts["activations"].max() == 7
@@ -126,26 +118,25 @@ def test_what_a_split_backward_pass_keeps_ends_with_its_weight_gradient() -> Non
         replace(activation_part, end_s=middle[backward]),
         replace(activation_part, start_s=middle[backward], phase=np.full_like(activation_part.phase, 2)),
     )
-    contents = replace(contents_of_one_stage(), kept=np.array([8.0]), loss=2.0, rebuilt=3.0)
-    split = memory_timeline(concatenated(halves), contents, {0: 0})
+    contents = replace(contents_of_ones(), kept=np.array([8.0]), loss=2.0, rebuilt=3.0)
+    split = memory_timeline(concatenated(halves), {0: contents})
     assert split.time_s.tolist() == [0, 0, 1, 2, 3]
     assert split.parts["activations"].tolist() == [0, 10, 13, 8, 0]
 
 
-def contents_of_one_stage() -> MemoryContents:
-    states = {name: np.ones(1) for name in ("weights", "gradients", "optimizer")}
-    return MemoryContents(states, np.ones(1), np.ones(1), 0.0, 0.0, np.zeros(1), 0.0, 0.0)
+def contents_of_ones() -> MemoryContents:
+    return MemoryContents(dict.fromkeys(STATES, 1.0), 1.0, np.ones(1), 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_inference_holds_what_the_model_says_all_the_time() -> None:
     assignments = ("workload.kind=prefill", "parallelism.pipeline.schedule=one_f_one_b")
     loaded = loaded_scenario("mixtral_8x7b", *assignments, "parallelism.pipeline.virtual_stages=1")
     (evaluation,) = evaluate(loaded.system, loaded.columns)
-    contents = memory_contents(loaded.system, loaded.columns, evaluation)
+    contents = stage_contents(loaded.system, loaded.columns, evaluation)
     stages = evaluation.plan.stages
     timeline = pipeline_timeline("gpipe", 1, 2, np.ones(stages), np.ones(stages), 0.0)
     forward = timeline.take(timeline.phase == 0)
-    memory = memory_timeline(forward, contents, {stage: stage for stage in range(stages)})
+    memory = memory_timeline(forward, dict(enumerate(contents)))
     for stage, peak in enumerate(modelled_peaks(evaluation)):
         np.testing.assert_allclose(memory.of_rank(stage).total, peak, rtol=1e-12)
 

@@ -88,6 +88,7 @@ def test_equal_timelines_give_equal_bytes_whatever_the_file_is_called(timeline: 
         write_chrome_trace(timeline, tmp_path / name)
     packed = (tmp_path / "one.json.gz").read_bytes()
     assert packed == (tmp_path / "two.json.gz").read_bytes()
+    assert packed[4:8] == bytes(4)  # gzip's time of writing
     write_chrome_trace(timeline, tmp_path / "plain.json")
     assert gzip.decompress(packed) == (tmp_path / "plain.json").read_bytes()
 
