@@ -83,9 +83,10 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
+            import torch
             import torch.distributed as dist
 
-            dist.barrier()
+            dist.barrier(device_ids=[torch.cuda.current_device()] if self.backend == "nccl" else None)
 
     def share(self, value: Json) -> Json:
         """Return the value of the first rank on every rank.

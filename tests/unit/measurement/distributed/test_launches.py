@@ -216,3 +216,22 @@ def test_torchrun_measures_layers_on_processors_and_resumes_a_torn_file(tmp_path
         assert len(record["rank_medians_s"]) == record["shape"]["ranks"] == 4
         assert record["median_s"] >= sorted(record["rank_medians_s"])[0] > 0
         assert sum(record["loads"]) > 0
+
+
+@pytest.mark.gpu
+@needs_torch
+def test_steps_and_their_memory_are_measured_on_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for suite in ("train_step", "memory"):
+        assert run(capsys, suite, "--budget", "60s", "--out", str(out))[0] == 0
+    results = [json.loads(line) for line in out.read_text().splitlines() if line.startswith('{"record": "result"')]
+    steps = [record for record in results if record["suite"] == "train_step"]
+    assert {(record["shape"]["launch"], record["timed_by"]) for record in steps} == {
+        ("eager", "cuda_events"),
+        ("graph", "cuda_graph"),
+    }
+    held = [record for record in results if record["suite"] == "memory"]
+    assert held
+    for record in held:
+        for what in ("state", "kept", "peak"):
+            assert record[f"{what}_bytes"] == pytest.approx(record[f"formula_{what}_bytes"], rel=0.15)
