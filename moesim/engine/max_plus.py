@@ -314,37 +314,50 @@ def _periodic_program_finish_s(
     hop_s: FloatArray,
     weight_gradient_s: FloatArray | None,
 ) -> FloatArray:
-    """Unroll a shorter step; where its last two periods of p micro-batches are alike, add the periods left out.
+    """Unroll a shorter step; where its last two periods are alike, add the periods left out.
 
-    A schedule with two directions has p micro-batches of each in a period.
+    Periods are counted in micro-batches of one direction: p of them, the group of an interleaved order. Other orders
+    repeat every micro-batch, so that any number may be a period of their times; all to 2p are tried.
     """
     stages = len(forward_s) // virtual_stages
     directions = chunk_placement(schedule, stages, virtual_stages).directions
-    period = stages * directions
+    each = micro_batches // directions
+    periods = range(stages, stages + 1 if schedule in CLASSIC_SCHEDULES else 2 * stages + 1)
+
+    def unroll(count: int, cases: IntArray) -> tuple[Program, FloatArray]:
+        program = build_program(schedule, stages, virtual_stages, count * directions)
+        weights_s = None if weight_gradient_s is None else weight_gradient_s[:, cases]
+        return program, program_finish_s(program, forward_s[:, cases], backward_s[:, cases], hop_s[cases], weights_s)
+
     finish = np.empty((stages, len(hop_s)))
     open_cases = np.arange(len(hop_s))
-    periods = 2 * SIMULATED_PERIODS
+    rounds = 2 * SIMULATED_PERIODS
     while len(open_cases):
-        simulated = min(micro_batches, micro_batches % period + periods * period)
-        program = build_program(schedule, stages, virtual_stages, simulated)
-        weights_s = None if weight_gradient_s is None else weight_gradient_s[:, open_cases]
-        durations = (forward_s[:, open_cases], backward_s[:, open_cases], hop_s[open_cases], weights_s)
-        nodes = program_finish_s(program, *durations)
-        ends = nodes[program.last_of_stage]
-        if simulated == micro_batches:
-            finish[:, open_cases] = ends
+        simulated = min(each, each % stages + rounds * stages)
+        program, nodes = unroll(simulated, open_cases)
+        if simulated == each:
+            finish[:, open_cases] = nodes[program.last_of_stage]
             return finish
-        steady, shift = _steady_shift(program, nodes)
-        done = open_cases[steady]
-        left_out = (micro_batches - simulated) // period
-        finish[:, done] = ends[:, steady] + left_out * shift[steady]
-        open_cases = open_cases[~steady]
-        periods *= 2
+        for period in periods:
+            steady, shift = _steady_shift(program, nodes, period)
+            done = open_cases[steady]
+            left_out, rest = divmod(each - simulated, period)
+            ends = nodes[program.last_of_stage][:, steady]
+            if rest and len(done):
+                longer, longer_nodes = unroll(simulated + rest, done)
+                ends = longer_nodes[longer.last_of_stage]
+            finish[:, done] = ends + left_out * shift[steady]
+            open_cases, nodes = open_cases[~steady], nodes[:, ~steady]
+            if not len(open_cases):
+                break
+        rounds *= 2
     return finish
 
 
-def _steady_shift(program: Program, nodes: FloatArray) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], FloatArray]:
-    """Compare the last two periods before the drain with the two that begin one period earlier, all chunks and phases.
+def _steady_shift(
+    program: Program, nodes: FloatArray, period: int
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], FloatArray]:
+    """Compare the last ``2 * stages`` micro-batches before the drain with those one period earlier, chunks and phases.
 
     The state of a schedule spans two groups of micro-batches (warm-up is up to (v + 1) p - 2 chunks), hence two. The
     window ends ``2 * stages`` micro-batches before the last, so that neither warm-up nor drain touches it.
@@ -354,7 +367,7 @@ def _steady_shift(program: Program, nodes: FloatArray) -> tuple[np.ndarray[tuple
     per_node = nodes[:-1].reshape(-1, each, nodes.shape[1])
     middle = each - 2 * stages
     late = slice(middle - 2 * stages, middle)
-    moved = per_node[:, late] - per_node[:, middle - 3 * stages : middle - stages]
+    moved = per_node[:, late] - per_node[:, late.start - period : middle - period]
     moved = moved[(program.stage >= 0).reshape(-1, each)[:, late]]
     low, high = moved.min(axis=0), moved.max(axis=0)
     return high - low <= PERIODICITY_TOLERANCE * nodes.max(axis=0), high

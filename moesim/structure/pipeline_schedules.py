@@ -235,20 +235,26 @@ def _needed_nodes(slots: int, chunks: int, micro_batches: int) -> npt.NDArray[np
 def _levels(
     before: npt.NDArray[np.int64], needs: npt.NDArray[np.int64], partner: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], ...]:
-    """Sort nodes by longest chain of predecessors, pairs together; refuse cycles."""
+    """Sort nodes by longest chain of predecessors, pairs together; refuse cycles.
+
+    A level is what waits for nothing once the levels before it are done, so each edge is looked at once.
+    """
     n_nodes = len(before)
-    level = np.zeros(n_nodes + 1, dtype=np.int64)
-    partner_needs = np.append(needs, n_nodes)[partner]
-    for _ in range(n_nodes + 1):
-        raised = np.maximum(np.maximum(level[before], level[needs]), level[partner_needs]) + 1
-        if np.array_equal(raised, level[:-1]):
-            break
-        level[:-1] = raised
-    else:
+    sources = np.concatenate([before, needs, np.append(needs, n_nodes)[partner]])
+    targets = np.tile(np.arange(n_nodes), 3)
+    sources, targets = sources[sources < n_nodes], targets[sources < n_nodes]
+    missing = np.bincount(targets, minlength=n_nodes)
+    by_source = targets[np.argsort(sources, kind="stable")]
+    bounds = np.append(0, np.cumsum(np.bincount(sources, minlength=n_nodes))).tolist()
+    levels, ready = [], np.flatnonzero(missing == 0)
+    while len(ready):
+        levels.append(ready)
+        followers = np.concatenate([by_source[bounds[node] : bounds[node + 1]] for node in ready.tolist()])
+        np.subtract.at(missing, followers, 1)
+        ready = np.unique(followers[missing[followers] == 0])
+    if sum(map(len, levels)) < n_nodes:
         raise ValueError("the schedule deadlocks: some operation waits for itself")
-    order = np.argsort(level[:-1], kind="stable")
-    bounds = np.flatnonzero(np.diff(level[:-1][order])) + 1
-    return tuple(np.split(order, bounds))
+    return tuple(levels)
 
 
 def micro_batches_in_flight(

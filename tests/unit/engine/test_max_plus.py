@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.engine import max_plus
 from moesim.engine.max_plus import gpipe_finish_s, pipeline_finish_s, program_finish_s
 from moesim.structure.chunk_placement import FOLDED_SCHEDULES, chunk_placement
 from moesim.structure.pipeline_schedules import (
@@ -320,6 +321,43 @@ def test_skipped_periods_of_gradients_apart_are_exact(schedule, stages):
         expected = program_finish_s(program, *times)[program.last_of_stage]
         actual = pipeline_finish_s(schedule, virtual, np.full(32, micro_batches), *times)
         np.testing.assert_allclose(actual, expected, rtol=EXACT, err_msg=f"{micro_batches} micro-batches")
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(APART), st.integers(2, 4), st.integers(0, 3), st.integers(7, 14), st.integers(0, 2**32 - 1))
+def test_skipped_periods_of_gradients_apart_are_exact_for_durations_that_tie(schedule, stages, more, rounds, seed):
+    generator = np.random.default_rng(seed)
+    stages, virtual = (2 * stages, 1) if schedule == "dualpipe" else (stages, chunks_of(schedule))
+    chunks, micro_batches = stages * virtual, 2 * (rounds * stages + more)
+    weight = generator.integers(0, 3, (chunks, 16)).astype(float)
+    forward = generator.integers(0, 3, (chunks, 16)).astype(float)
+    backward, hop = weight + generator.integers(0, 3, (chunks, 16)), generator.integers(0, 3, 16).astype(float)
+    program = build_program(schedule, stages, virtual, micro_batches)
+    expected = program_finish_s(program, forward, backward, hop, weight)[program.last_of_stage]
+    actual = pipeline_finish_s(schedule, virtual, np.full(16, micro_batches), forward, backward, hop, weight)
+    np.testing.assert_allclose(actual, expected, rtol=EXACT)
+
+
+@pytest.mark.parametrize("micro_batches", [1000, 1002, 1026])
+def test_stages_between_lighter_ends_repeat_after_other_than_p_micro_batches_and_are_skipped(
+    monkeypatch, micro_batches
+):
+    """DeepSeek-V3's sixteen stages: what limits the rate is a round trip of no multiple of p micro-batches."""
+    unrolled = []
+
+    def counted(*arguments):
+        unrolled.append(arguments[-1])
+        return build_program(*arguments)
+
+    ends_and_inner = ((0.033, 0.047, 0.042), (0.097, 0.156, 0.114), (0.036, 0.079, 0.058))
+    forward, backward, weight = (np.array([[first], *[[inner]] * 14, [last]]) for first, inner, last in ends_and_inner)
+    times = (forward, backward, np.array([0.0015]), weight)
+    program = build_program("dualpipe", 16, 1, micro_batches)
+    expected = program_finish_s(program, *times)[program.last_of_stage]
+    monkeypatch.setattr(max_plus, "build_program", counted)
+    actual = pipeline_finish_s("dualpipe", 1, np.array([micro_batches]), *times)
+    np.testing.assert_allclose(actual, expected, rtol=EXACT)
+    assert max(unrolled) < micro_batches
 
 
 def split_longest_path_s(schedule, stages, micro_batches, times):
