@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import heed_interrupts
 from trace_event_rules import check_trace
 
 from moesim.cli import main, simulate_text
@@ -198,15 +199,19 @@ def test_ctrl_c_on_a_terminal_prints_the_draws_done_so_far(tmp_path: Path) -> No
     arguments = [SMALL, *UNEVEN, "--draws", "1000000", "--json", "--timeline", str(tmp_path / "trace.json.gz")]
     command = [sys.executable, "-m", "moesim", "simulate", *arguments]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, env=environment) as process:
+    piped = {"stdout": subprocess.PIPE, "stderr": its_end}
+    with subprocess.Popen(command, **piped, env=environment, preexec_fn=heed_interrupts) as process:
         os.close(its_end)
         shown, deadline = b"", time.monotonic() + 60
         while b"/1000000" not in shown.replace(b" 0/1000000", b"") and time.monotonic() < deadline:
             if select.select([terminal], [], [], 0.1)[0]:
                 shown += os.read(terminal, 65536)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        os.close(terminal)
+        try:
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            os.close(terminal)
     assert process.returncode == 130, shown
     answer = json.loads(out)
     assert 0 < answer["draws"] < 1_000_000

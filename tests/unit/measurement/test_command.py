@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from interrupts import heed_interrupts
 
 from moesim.errors import ERROR_CODES
 from moesim.measurement import command, main
@@ -238,6 +239,7 @@ def start_copied(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
 
 
