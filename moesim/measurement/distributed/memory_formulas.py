@@ -59,9 +59,10 @@ def held_bytes(
 
     Notes
     -----
-    The peak is the larger of two moments of the backward pass: the head's, with scores of all words in fp32 three times
-    (log-softmax, its gradient, the gradient of the loss), and the last block's, when the gradient of its experts' first
-    product is complete in the precision of the weights before it is added to the fp32 sum.
+    The peak is the largest of three moments of the backward pass. At the head, scores of all words are held in fp32
+    three times: log-softmax, its gradient, the gradient of the loss. In the last block, behind the head, gradients of
+    an activation are held beside its inputs; and the gradient of its experts' first weight is complete in the precision
+    of the weights, before it is added to the fp32 sum, beside the gradient of the product's output.
     """
     state = _state_bytes(shape, dtype, num_ranks)
     blocks = [block_kept_bytes(shape, one, dtype) for one in rows]
@@ -135,8 +136,11 @@ def head_kept_bytes(shape: ModelShape, dtype: str) -> float:
 
 
 def _experts_work_bytes(shape: ModelShape, rows: LayerRows, dtype: str, num_ranks: int) -> float:
-    """What is made on the way through the experts: gradients of rows and of the larger weight."""
+    """What the backward pass of experts holds at most beyond what the block kept; negative if it frees more."""
     layer, size, received = shape.layer, ELEMENT_BYTES[dtype], int(rows.received.max())
+    freed = int(rows.sent.sum(axis=1).max()) * layer.hidden
+    kept = received * layer.inner * (4 if layer.is_gated else 2)
+    at_activation = received * layer.inner * (2 if layer.is_gated else 1)
     weight = layer.num_experts // num_ranks * layer.up_columns * layer.hidden
-    of_rows = received * (layer.up_columns + layer.inner) + layer.tokens * layer.hidden
-    return float(size * (weight + of_rows))
+    at_weight = weight + received * layer.up_columns - kept
+    return float(size * (max(at_activation, at_weight) - freed))

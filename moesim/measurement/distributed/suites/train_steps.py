@@ -54,6 +54,9 @@ SHAPES = (
     ModelShape(AttentionShape(1, 4096, 32, 8, 128), _MIXTRAL, 1, 32000),
     ModelShape(AttentionShape(1, 1024, 32, 4, 128), replace(_QWEN, tokens=1024), 4, 32000),
     ModelShape(AttentionShape(8, 1024, 16, 16, 64), replace(_M6, capacity_factor=1.0), 4, 32000, 4),
+    # With few words the peak of memory is in a block: at the gradient of the experts' weight, at their activation.
+    ModelShape(AttentionShape(1, 4096, 32, 8, 128), _MIXTRAL, 1, 1024),
+    ModelShape(AttentionShape(8, 2048, 16, 16, 64), replace(_M6, tokens=16384, is_gated=True), 2, 1024),
 )
 CPU_SHAPES = (
     ModelShape(AttentionShape(2, 32, 4, 2, 16), ExpertLayerShape(64, 64, 96, 8, 2), 2, 256),
@@ -80,7 +83,7 @@ def cases(target: DistributedTarget) -> list[Case]:
         launches = (*launches, ("graph", "device"))
     return [
         _case(target, shape, preset, dtype, launch, timing)
-        for preset, shape in _wanted(target)
+        for preset, shape in wanted_models(target)
         for dtype in target.dtypes
         for launch, timing in launches
     ]
@@ -95,13 +98,20 @@ def memory_cases(target: DistributedTarget) -> list[Case]:
             operation="train_step_memory",
             prepare=partial(prepare_memory, target=target, shape=shape, preset=preset, dtype=dtype),
         )
-        for preset, shape in _wanted(target)
+        for preset, shape in wanted_models(target)
         for dtype in target.dtypes
         if preset == "W0" or shape.layer.capacity_factor is None
     ]
 
 
-def _wanted(target: DistributedTarget) -> list[tuple[str, ModelShape]]:
+def wanted_models(target: DistributedTarget) -> list[tuple[str, ModelShape]]:
+    """Return the presets and shapes that are measured: every shape of the first preset, then of the next.
+
+    Parameters
+    ----------
+    target : DistributedTarget
+        The device and the processes.
+    """
     presets = target.presets(PRESETS, PRESETS_ALONE)
     divided = [shape for shape in shapes(target) if shape.layer.num_experts % target.ranks.expert_parallel == 0]
     return [(preset, shape) for preset in presets for shape in divided]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from moesim.measurement.distributed.ranks import ALONE, Ranks
 from moesim.measurement.distributed.runs import distributed_cases
 from moesim.measurement.distributed.suites import DISTRIBUTED_SUITES, NEEDS_SEVERAL
 from moesim.measurement.distributed.suites.collectives import sent_fraction
+from moesim.measurement.distributed.suites.train_steps import wanted_models
 from moesim.measurement.distributed.targets import DistributedTarget
 
+ROOT = Path(__file__).resolve().parents[4]
 FOUR = Ranks(rank=1, size=4, expert_parallel=4, backend="nccl")
 TARGETS = [
     DistributedTarget("cuda", ("bf16",), 0, ALONE),
@@ -176,6 +179,44 @@ def test_the_formula_of_kept_bytes_is_what_autograd_keeps(dtype: str, changes: d
     ]
     assert held.state == pytest.approx(sum(one.numel() * one.element_size() for one in state), rel=0.01)
     assert held.peak > held.state + held.kept
+
+
+HELD = ROOT / "validation" / "measurements" / "h200_sxm_torch2.11_memory.jsonl"
+
+
+def test_the_formula_of_held_bytes_is_what_an_h200_held() -> None:
+    models = {}
+    for preset, shape in wanted_models(TARGETS[0]):
+        rows = [layer_rows(shape.layer, one) for one in TARGETS[0].draws(preset, shape.layer, shape.num_blocks)]
+        models[preset, json.dumps(shape.names())] = held_bytes(shape, rows, "bf16", 1)
+    names = [*MODELS[0].shape.names(), "capacity_factor", "capacity_per", "group_tokens"]
+    num_compared = 0
+    for line in HELD.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["record"] == "result":
+            shape = {name: record["shape"][name] for name in names if name in record["shape"]}
+            held = models[record["shape"]["preset"], json.dumps(shape)]
+            for what in ("state", "kept", "peak"):
+                assert getattr(held, what) == pytest.approx(record[f"{what}_bytes"], rel=0.005), record["case"]
+            num_compared += 1
+    assert num_compared == 15
+
+
+def test_a_peak_is_in_a_block_where_there_are_few_words() -> None:
+    models = [shape for _, shape in wanted_models(TARGETS[0]) if shape.num_blocks == 1][:2]
+    many, few = sorted(models, key=lambda shape: -shape.vocabulary)
+    beyond = []
+    for shape in (many, few):
+        rows = [layer_rows(shape.layer, one) for one in TARGETS[0].draws("W0", shape.layer, 1)]
+        held = held_bytes(shape, rows, "bf16", 1)
+        beyond.append(held.peak - held.state - held.kept)
+    assert beyond[0] == 2 * 4 * 4096 * 32000  # two more sets of scores
+    # The gradients of the experts' weight and of its product's output, less what is freed: the head's activations, the
+    # rows that went back, the gates, ups, activations and products.
+    rows, inner, hidden = 8192, 14336, 4096
+    head = 2 * 2 * 4096 * hidden + 4 * 4096 + 4 * 4096 * 1024
+    expected = 2 * (8 * 2 * inner * hidden + rows * 2 * inner - rows * hidden - 4 * rows * inner) - head
+    assert beyond[1] == pytest.approx(expected)
 
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "is_nonzero", "equal.default")
