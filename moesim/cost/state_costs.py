@@ -12,7 +12,7 @@ from moesim.cost.host_times import host_step_time_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Device
 from moesim.describe.quantities import PRECISION_BYTES
-from moesim.describe.scenario import Scenario
+from moesim.describe.scenario import Optimizer, Precisions, Scenario
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.memory_footprint import StageParameters, local_parameters, unfactored_moments
@@ -117,13 +117,25 @@ def _optimizer(
     if optimizer.offload == "optimizer":
         seconds = local * max(gradient, stored) / device.host_link_bandwidth.value
         return seconds, seconds
-    state = 2.0 * unfactored_moments(optimizer) * PRECISION_BYTES[optimizer.state]
-    master = 2.0 * PRECISION_BYTES[precision.master]
-    extra_reads = gradient if optimizer.kind == "adafactor" else 0.0
-    num_bytes = local * (gradient + extra_reads + stored + master + state)
+    num_bytes = local * update_bytes(precision, optimizer)
     rates = hardware.device
     ideal = num_bytes / rates.memory_bandwidth
     return OPTIMIZER_KERNELS * rates.traffic_fixed_s + ideal / rates.traffic_fraction, ideal
+
+
+def update_bytes(precision: Precisions, optimizer: Optimizer) -> float:
+    """Bytes that the update of one parameter reads and writes on the device.
+
+    Examples
+    --------
+    >>> update_bytes(Precisions(compute="bf16", parameters="bf16"), Optimizer(kind="adam"))  # 4 + 2 + 8 + 16
+    30.0
+    """
+    gradient, stored = PRECISION_BYTES[precision.gradients], PRECISION_BYTES[precision.parameters]
+    state = 2.0 * unfactored_moments(optimizer) * PRECISION_BYTES[optimizer.state]
+    master = 2.0 * PRECISION_BYTES[precision.master]
+    extra_reads = gradient if optimizer.kind == "adafactor" else 0.0
+    return gradient + extra_reads + stored + master + state
 
 
 def hop_time(columns: Columns, context: LoweringContext, hardware: Hardware) -> CollectiveTime:
