@@ -27,6 +27,8 @@ class DeviceRates:
     ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at
     ``clock_in_step`` of the clock they were measured at and at ``gemm_in_step``, which is that times what a stack
     reaches in a step of a GEMM's rate alone; else ``gemm`` and ``attention`` fractions do, which include both.
+    ``accumulation_fraction`` of the bandwidth serves outputs that are added to, None as any other.
+    ``attention_library`` chooses among the surfaces' attention kernels.
     """
 
     peak: dict[str, float]
@@ -41,6 +43,8 @@ class DeviceRates:
     compute_units: float
     clock_in_step: float = 1.0
     gemm_in_step: float = 1.0
+    accumulation_fraction: float | None = None
+    attention_library: str | None = None
     surfaces: FittedSurfaces = NO_SURFACES
 
     @property
@@ -86,6 +90,8 @@ def device_rates(device: Device, stack: Stack | None = None, *, surfaces: Fitted
         compute_units=device.compute_units.value,
         gemm_in_step=in_step * clock,
         clock_in_step=clock,
+        accumulation_fraction=gemm.accumulation_fraction.value if gemm.accumulation_fraction else None,
+        attention_library=stack.attention_library if stack else None,
         surfaces=surfaces or NO_SURFACES,
     )
 
