@@ -80,10 +80,11 @@ def _graph_launch(bench: Workbench, *, elements: int) -> Work:
     bench.wait()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         word.add_(1.0)
+    held = (graph, word)  # the graph writes to the word's address: freed, that memory would be another case's
 
     def launch() -> None:
         for _ in range(KERNELS):
-            graph.replay()
+            held[0].replay()
 
     return Work(launch, f"{KERNELS} x CUDAGraph.replay", KERNELS)
 
