@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,10 @@ def compare(
         str | None,
         typer.Option("--stack", metavar="ID", help="Software of layers and blocks; a PyTorch one by default."),
     ] = None,
+    half: Annotated[
+        Literal["all", "fit", "judge"],
+        typer.Option("--half", help="Shapes that shipped constants were fitted on, or those that judge them."),
+    ] = "all",
     tolerance: Annotated[
         float | None,
         typer.Option("--tolerance", min=0.0, help="Exit with 1 if the median error of a suite is above this."),
@@ -36,12 +40,15 @@ def compare(
     """Compare predicted with measured times, case by case, worst first."""
     from moesim.describe.hardware_library import HardwareLibrary
     from moesim.formats.measurement_records import read_measurements
+    from moesim.study.calibration import half_of
     from moesim.study.measurement_comparison import DEFAULT_STACK, compare_measurements, judge
     from moesim.study.measurement_report import comparison_markdown
 
     judged_by = judge(profile, stack or DEFAULT_STACK, HardwareLibrary(profiles or []))
-    comparison = compare_measurements(read_measurements(results), judged_by, source=str(results))
-    report = comparison_markdown(comparison, source=results.name)
+    measured = half_of(read_measurements(results), half)
+    comparison = compare_measurements(measured, judged_by, source=str(results))
+    name = results.name if half == "all" else f"{results.name}, the half of the shapes that is to {half}"
+    report = comparison_markdown(comparison, source=name)
     if out is not None:
         out.write_text(report, encoding="utf-8")
     if chart is not None:

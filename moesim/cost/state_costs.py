@@ -8,6 +8,7 @@ import numpy as np
 
 from moesim.cost.collectives import collective_time
 from moesim.cost.communication_libraries import CollectiveTime
+from moesim.cost.efficiency_surfaces import DeviceRates
 from moesim.cost.host_times import host_step_time_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import Device
@@ -118,9 +119,13 @@ def _optimizer(
         seconds = local * max(gradient, stored) / device.host_link_bandwidth.value
         return seconds, seconds
     num_bytes = local * update_bytes(precision, optimizer)
-    rates = hardware.device
-    ideal = num_bytes / rates.memory_bandwidth
-    return OPTIMIZER_KERNELS * rates.traffic_fixed_s + ideal / rates.traffic_fraction, ideal
+    return update_time_s(num_bytes, hardware.device), num_bytes / hardware.device.memory_bandwidth
+
+
+def update_time_s(num_bytes: FloatArray, rates: DeviceRates) -> FloatArray:
+    """Time of an update in one kernel: t0 + bytes / (bandwidth fraction)."""
+    fraction = rates.update_fraction or rates.traffic_fraction
+    return OPTIMIZER_KERNELS * rates.traffic_fixed_s + num_bytes / (rates.memory_bandwidth * fraction)
 
 
 def update_bytes(precision: Precisions, optimizer: Optimizer) -> float:

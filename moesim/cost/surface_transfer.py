@@ -240,9 +240,7 @@ def gemm_surface_for(device: Device, library: HardwareLibrary) -> tuple[GemmSurf
     return replace(surface, spread=spread, misaligned_spread=spread, penalty_unaligned=penalty), origin
 
 
-def attention_kernels_for(
-    device: Device, library: HardwareLibrary
-) -> dict[tuple[str, str], AttentionTimeSurface]:
+def attention_kernels_for(device: Device, library: HardwareLibrary) -> dict[tuple[str, str], AttentionTimeSurface]:
     """Single attention kernels by library and pass: the device's own, or those of one of its generation.
 
     Parameters
@@ -257,20 +255,18 @@ def attention_kernels_for(
     dict
         Surfaces without grids at the device's figures; empty where none of the generation was measured.
     """
-    operator = "attention_kernels"
+    operator = "flash_kernels"
     sources = [device.surface_device or device.id]
     sources += [name for name in library.surface_devices(operator) if name not in sources]
     for name in sources:
         document = library.surface(operator, name)
         if document is None or library.device(name).generation != device.generation:
             continue
-        return {
-            (one["library"], one["pass"]): attention_surface_at(
-                attention_surface_from_document({**document, **one}),  # type: ignore[arg-type]
-                kernel_machine(device),
-            )
-            for one in document["kernels"]
-        }
+        machine, kernels = kernel_machine(device), {}
+        for one in document["kernels"]:
+            surface = attention_surface_from_document({**document, **one})  # type: ignore[typeddict-item]
+            kernels[str(one["library"]), str(one["pass"])] = attention_surface_at(surface, machine)
+        return kernels
     return {}
 
 

@@ -53,10 +53,14 @@ class AttentionSurface(Description):
 
 
 class MemoryBoundSurface(Description):
-    """Constants of element-wise kernels: achieved fraction of the memory bandwidth and time per kernel."""
+    """Constants of element-wise kernels: achieved fraction of the memory bandwidth and time per kernel.
+
+    ``update_fraction`` is that of an optimizer, which reads and writes several tensors in place; null as others.
+    """
 
     memory_fraction: NumberFigure
     fixed_time: DurationFigure
+    update_fraction: NumberFigure | None = None
 
 
 class KernelSurfaces(Description):
@@ -387,8 +391,9 @@ class Stack(Description):
     """A named software stack: framework, kernels and collective library of one era.
 
     ``quantised_expert_slowdown`` is the time of its 8-bit (or narrower) expert GEMMs over that of the device's formulas
-    at the peak of that precision, where it is known. ``attention_library`` names kernels measured by themselves, where
-    a device has them (``surfaces/attention_kernels_*.json``).
+    at the peak of that precision, where it is known. ``elementwise_fraction`` of the device's streaming rate is what
+    its element-wise kernels reach in a step; null as streams, with the passes of ``elementwise``. ``attention_library``
+    names kernels measured by themselves, where a device has them (``surfaces/flash_kernels_*.json``).
     """
 
     schema_version: Literal[1]
@@ -402,6 +407,7 @@ class Stack(Description):
     compiler: CompilerBehaviour | None = None
     fuses_elementwise: Flag
     elementwise: ElementwiseKernels | None = None
+    elementwise_fraction: NumberFigure | None = None
     gemm_compute_fraction: NumberFigure
     quantised_expert_slowdown: NumberFigure | None = None
     collective_library: Identifier

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesim.describe.hardware import ElementwiseKernels
+from moesim.describe.hardware import ElementwiseKernels, Stack
 from moesim.describe.model import MixtureOfExperts
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
@@ -35,6 +35,8 @@ LoadFactor = Callable[[FloatArray], FloatArray]
 CEILING_SLACK = 1e-9
 INDEX_BYTES, SORT_PASSES = 8.0, 6.0
 """An index of a choice, and how often sorting reads or writes it."""
+MEASURED_CHOICE_KERNELS = 12
+"""Short kernels in a row that take as long as softmax, top-k and gathers of a few scores do in plain PyTorch."""
 SMALLEST_GROUP = 1e-9
 """Keeps an encoder that does not run (decoding) from dividing 0 by 0."""
 
@@ -168,7 +170,7 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
         "router",
         logits,
         passes=choice_passes,
-        kernels=(kernels, 3),
+        kernels=(kernels if measured is None else MEASURED_CHOICE_KERNELS, 3),
         element_bytes=PRECISION_BYTES[router.precision],
     )
     projection = linear(context, "router.gemm", "router", shape, precision=router.precision)
@@ -259,7 +261,9 @@ def _measured_dispatch(
     moved = [
         row
         for step, passes in (("dispatch.permute", measured.permute), ("combine.unpermute", measured.unpermute))
-        for row in traffic(context, step, name, elements, passes=both_passes(passes), kernels=(3, 3), load_factor=factor)
+        for row in traffic(
+            context, step, name, elements, passes=both_passes(passes), kernels=(3, 3), load_factor=factor
+        )
     ]
     return sort[:1] + moved
 
@@ -330,15 +334,18 @@ def _experts(
         kernels=kernels,
         load_factor=factor,
     )
-    return [*_with_sum(context, up), *recomputable(context, "moe_act", activation), *_with_sum(context, down)]
+    up, down = (
+        with_separate_sum(matrices, context.stack, activation_bytes=context.activation_bytes) for matrices in (up, down)
+    )
+    return [*up, *recomputable(context, "moe_act", activation), *down]
 
 
-def _with_sum(context: LoweringContext, matrices: Sequence[Operation]) -> list[Operation]:
+def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation_bytes: float) -> list[Operation]:
     """Experts' products with their weight gradients written as activations are, and added to the sum afterwards.
 
     Only where the stack's grouped kernel cannot add: the addition reads the gradient, reads the sum and writes it.
     """
-    measured = context.stack.elementwise
+    measured = stack.elementwise
     if measured is None or measured.expert_gradient_bytes is None:
         return list(matrices)
     rows: list[Operation] = []
@@ -346,12 +353,11 @@ def _with_sum(context: LoweringContext, matrices: Sequence[Operation]) -> list[O
         if row.phase != "weight_gradient" or not isinstance(row.work, Gemm):
             rows.append(row)
             continue
-        product = replace(row.work, output_bytes=context.activation_bytes, accumulates=False)
-        added = MemoryTraffic(
-            product.groups * product.rows * product.columns * (measured.expert_gradient_bytes - product.output_bytes)
-        )
+        product = replace(row.work, output_bytes=activation_bytes, accumulates=False)
+        weights = product.groups * product.rows * product.columns
+        added = MemoryTraffic(weights * measured.expert_gradient_bytes)
         rows.append(replace(row, work=product))
-        rows.append(replace(row, name=f"{row.name}.sum", category="memory_bound", work=added, load_factor=None))
+        rows.append(replace(row, name=f"{row.name}.sum", work=added, load_factor=None))
     return rows
 
 

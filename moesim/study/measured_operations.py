@@ -18,7 +18,7 @@ from moesim.structure.layers import LayerKind
 from moesim.structure.legality import resolve_columns
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.lowering_layers import dense_part
-from moesim.structure.lowering_moe import moe_part
+from moesim.structure.lowering_moe import moe_part, with_separate_sum
 from moesim.structure.step_graph import Gemm, MemoryTraffic, Operation, OperationTable, Phase, linear_extents
 from moesim.study.measured_cases import MeasuredCase
 
@@ -30,6 +30,8 @@ PHASE_OF_PASS: dict[str, Phase] = {
 MOE_LAYER = LayerKind("decoder", is_moe=True, has_cross_attention=False)
 DENSE_LAYER = LayerKind("decoder", is_moe=False, has_cross_attention=False)
 MASTER_PRECISION = "fp32"
+DEFAULT_METHOD = "default"
+"""Attention by whatever library torch chooses."""
 LARGE_COPY_BYTES = 2.0**20
 """From here on a copy between host and device is a matter of its link's bandwidth."""
 
@@ -38,11 +40,15 @@ LARGE_COPY_BYTES = 2.0**20
 class MappedCase:
     """Operations of a case; ``is_in_step`` when a stack's clock and slow-downs apply, as in a step.
 
+    ``attention_library`` goes before the stack's; ``updated_bytes`` are an optimizer's, which has no operation.
+
     ``host_constant`` names a constant of the stack that is compared by itself; ``reason`` says why a case has neither.
     """
 
     operations: tuple[Operation, ...] = ()
     is_in_step: bool = False
+    attention_library: str = ""
+    updated_bytes: float = 0.0
     host_constant: str = ""
     reason: str = ""
 
@@ -110,7 +116,7 @@ def _gemm(case: MeasuredCase, _: Stack) -> MappedCase:
     return MappedCase((_product(case, (_size(case, "m"), _size(case, "n"), _size(case, "k"))),))
 
 
-def _grouped_gemm(case: MeasuredCase, _: Stack) -> MappedCase:
+def _grouped_gemm(case: MeasuredCase, stack: Stack) -> MappedCase:
     """One grouped kernel over the experts' mean rows; a loop is one product per expert with rows."""
     sizes = (_size(case, "n"), _size(case, "k"))
     loads = [load for load in case.loads if load]
@@ -119,7 +125,8 @@ def _grouped_gemm(case: MeasuredCase, _: Stack) -> MappedCase:
     if case.text("method") == "loop":
         return MappedCase(tuple(_product(case, (load, *sizes)) for load in loads))
     groups = len(case.loads)
-    return MappedCase((_product(case, (sum(loads) / groups, *sizes), groups=groups, is_ragged=True),))
+    product = _product(case, (sum(loads) / groups, *sizes), groups=groups, is_ragged=True)
+    return MappedCase(tuple(with_separate_sum([product], stack, activation_bytes=PRECISION_BYTES[case.dtype])))
 
 
 def _attention(case: MeasuredCase, stack: Stack) -> MappedCase:
@@ -127,7 +134,9 @@ def _attention(case: MeasuredCase, stack: Stack) -> MappedCase:
     chosen = stack.model_copy(update={"attention_kernel": "flash", "compiler": None})
     sizes = (_size(case, "batch"), _size(case, "length"))
     context = _context(_attention_fields(case), case.dtype, chosen, *sizes)
-    return MappedCase(_of_pass(dense_part(context, DENSE_LAYER), case, "attention.core"))
+    method = case.text("method")
+    library = (stack.attention_library or "") if method == DEFAULT_METHOD else method
+    return MappedCase(_of_pass(dense_part(context, DENSE_LAYER), case, "attention.core"), attention_library=library)
 
 
 def _traffic(case: MeasuredCase, num_bytes: float) -> MappedCase:
@@ -149,6 +158,8 @@ def _memory_bound(case: MeasuredCase, stack: Stack) -> MappedCase:
     is_fused = case.operation != "gated_activation" or "two kernels" not in case.implementation
     fields = _dense_fields(int(columns))
     chosen = stack.model_copy(update={"fuses_elementwise": is_fused, "compiler": None})
+    if case.operation == "layer_norm":  # a stack's measured norm is the root mean square's
+        chosen = chosen.model_copy(update={"elementwise": None})
     context = _context(fields, case.dtype, chosen, 1.0, rows)
     operations = _of_pass(dense_part(context, DENSE_LAYER), case, names[case.operation])
     if names[case.operation].startswith("norm_residual"):  # a layer has two of each
@@ -164,12 +175,18 @@ def _share(operation: Operation, share: float) -> Operation:
 
 
 def _dispatch(case: MeasuredCase, stack: Stack) -> MappedCase:
+    if case.operation == "sort" and stack.elementwise is not None:
+        context = _moe_context(case, _stack_with(stack, "permute"), experts=_size(case, "experts"))
+        return MappedCase(_of_pass(moe_part(context, MOE_LAYER, np.ones_like), case, "dispatch.sort"))
     if case.operation == "sort":
         return MappedCase(reason="the model counts no sorting of choices: rows are moved, positions are free")
     if case.operation in ("permute", "unpermute"):
         context = _moe_context(case, _stack_with(stack, "permute"), experts=_size(case, "experts"))
-        operations = _of_pass(moe_part(context, MOE_LAYER, np.ones_like), case, "dispatch.permute")
-        return MappedCase(tuple(_share(one, 0.5) for one in operations))
+        table = moe_part(context, MOE_LAYER, np.ones_like)
+        if stack.elementwise is not None:
+            name = "dispatch.permute" if case.operation == "permute" else "combine.unpermute"
+            return MappedCase(_of_pass(table, case, name))
+        return MappedCase(tuple(_share(one, 0.5) for one in _of_pass(table, case, "dispatch.permute")))
     names = {
         "one_hot_dispatch": "dispatch.einsum",
         "one_hot_combine": "combine.einsum",
@@ -194,7 +211,7 @@ def _optimizer(case: MeasuredCase, _: Stack) -> MappedCase:
     optimizer = Optimizer.model_validate({"kind": kind, "momentum": kind == "sgd"})
     precision = Precisions.model_validate({"compute": case.dtype, "parameters": case.dtype})
     moved = _size(case, "tensors") * _size(case, "elements") * update_bytes(precision, optimizer)
-    return _traffic(case, moved)
+    return MappedCase(updated_bytes=moved)
 
 
 def _launch(case: MeasuredCase, _: Stack) -> MappedCase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from moesim.cost.collectives import fabric_rates
 from moesim.cost.efficiency_surfaces import device_rates
 from moesim.cost.fitted_surfaces import NORMAL_QUANTILE, FittedSurfaces
 from moesim.cost.operators import Hardware, price_all
+from moesim.cost.state_costs import update_time_s
 from moesim.cost.surface_transfer import device_surfaces
 from moesim.cost.uncertainty import LEVEL, figure_error
 from moesim.describe.hardware import Cluster, Device, Stack
@@ -24,7 +25,7 @@ from moesim.structure.step_graph import AttentionCore, Gemm, Operation
 from moesim.study.measured_cases import MeasuredCase, Measurements
 from moesim.study.measured_operations import MappedCase, UnmappableCaseError, map_case
 
-DEFAULT_STACK = "pytorch_permute_nccl"
+DEFAULT_STACK = "pytorch_grouped_mm_nccl"
 EXTRAPOLATION_FACTOR = 2.0
 """Times the half width of a surface where a pass is not the one it was fitted on; as ``moesim predict`` has it."""
 ALIGNMENT = 64
@@ -198,8 +199,9 @@ def judge(device_name: str, stack_name: str, library: HardwareLibrary) -> Judge:
 def judge_of(device: Device, stack: Stack, surfaces: FittedSurfaces) -> Judge:
     """Rates of profiles that are at hand; one device alone has no fabric to price."""
     fabric = fabric_rates(_alone(device), device, stack)
-    alone = Hardware(device_rates(device, surfaces=surfaces), fabric)
-    return Judge(device, stack, surfaces, alone, Hardware(device_rates(device, stack, surfaces=surfaces), fabric))
+    kernels = device_rates(device, surfaces=surfaces, is_sustained=True)
+    in_step = device_rates(device, stack, surfaces=surfaces)
+    return Judge(device, stack, surfaces, Hardware(kernels, fabric), Hardware(in_step, fabric))
 
 
 def _alone(device: Device) -> Cluster:
@@ -263,7 +265,7 @@ def compare_measurements(measurements: Measurements, judged_by: Judge, *, source
             problems.append(Problem("E-FMT-014", str(error), remedy, source or None, case.line, "shape"))
     if problems:
         raise FormatError(problems[:20])
-    for (case, mapping), time_s in zip(mapped, _times_s([one for _, one in mapped], judged_by), strict=True):
+    for (case, mapping), time_s in zip(mapped, operation_times_s([one for _, one in mapped], judged_by), strict=True):
         if mapping.reason:
             unmapped.append((case, mapping.reason))
         elif mapping.host_constant:
@@ -278,14 +280,23 @@ def compare_measurements(measurements: Measurements, judged_by: Judge, *, source
     return Comparison(*names, measurements.device_names, tuple(compared), tuple(unmapped), measurements.skipped)
 
 
-def _times_s(mapped: Sequence[MappedCase], judged_by: Judge) -> list[FloatArray]:
-    """Seconds of each operation of each case, of shape (n_operations,); kernels of like rates priced together."""
+def operation_times_s(mapped: Sequence[MappedCase], judged_by: Judge) -> list[FloatArray]:
+    """Seconds of each operation of each case, of shape (n_operations,); kernels of like rates priced together.
+
+    A case that names its attention library is priced with that, whatever the stack has.
+    """
     times = [np.zeros(len(one.operations)) for one in mapped]
-    for hardware, is_in_step in ((judged_by.alone, False), (judged_by.in_step, True)):
+    for index, one in enumerate(mapped):
+        if one.updated_bytes:
+            times[index] = update_time_s(np.array([one.updated_bytes]), judged_by.alone.device)
+    for is_in_step, library in dict.fromkeys((one.is_in_step, one.attention_library) for one in mapped):
+        hardware = judged_by.in_step if is_in_step else judged_by.alone
+        if library:
+            hardware = replace(hardware, device=replace(hardware.device, attention_library=library))
         places = [
             (case, index)
             for case, one in enumerate(mapped)
-            if one.is_in_step == is_in_step
+            if (one.is_in_step, one.attention_library) == (is_in_step, library)
             for index in range(len(one.operations))
         ]
         costs = price_all([mapped[case].operations[index] for case, index in places], hardware)
@@ -317,6 +328,8 @@ def _half_width(mapping: MappedCase, time_s: FloatArray, judged_by: Judge) -> fl
     if len(mapping.operations) == 1 and (width := _surface_width(mapping.operations[0], float(time_s[0]), judged_by)):
         return width
     classes = _class_errors(judged_by, is_in_step=mapping.is_in_step)
+    if mapping.updated_bytes:
+        return NORMAL_QUANTILE * classes["update"]
     parts: dict[str, float] = {}
     for operation, seconds in zip(mapping.operations, time_s.tolist(), strict=True):
         name = _kernel_class(operation)
@@ -345,7 +358,9 @@ def _class_errors(judged_by: Judge, *, is_in_step: bool) -> dict[str, float]:
         clock = figure_error(device.sustained_clock_fraction)
         stack = figure_error(judged_by.stack.gemm_compute_fraction)
         errors = {name: math.hypot(error, clock, stack) for name, error in errors.items()}
-    errors["memory"] = figure_error(device.kernels.memory_bound.memory_fraction)
+    memory = device.kernels.memory_bound
+    errors["memory"] = figure_error(memory.memory_fraction)
+    errors["update"] = figure_error(memory.update_fraction or memory.memory_fraction)
     return errors
 
 

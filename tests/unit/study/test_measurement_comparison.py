@@ -85,8 +85,12 @@ def test_a_block_is_its_moe_layer_with_attention_norms_and_projections(h200, com
     assert of_layer + of_core < of_block < of_layer + 3 * of_core
 
 
-def test_layers_are_slower_in_a_step_than_kernels_alone_by_the_clock(h200):
-    assert h200.in_step.device.clock_in_step < h200.alone.device.clock_in_step == 1.0
+def test_kernels_alone_run_at_the_sustained_clock_and_layers_at_the_rate_of_their_stack_besides():
+    judged_by = judge("h200_sxm", "megatron_core_nccl", HardwareLibrary())
+    clock = judged_by.device.sustained_clock_fraction.value
+    assert judged_by.alone.device.gemm_in_step == clock < 1
+    assert judged_by.in_step.device.gemm_in_step == clock * judged_by.stack.gemm_compute_fraction.value
+    assert judged_by.in_step.device.gemm_in_step < clock
 
 
 def test_a_copy_is_priced_by_its_bytes_and_a_residual_by_three_passes(h200, compared):
