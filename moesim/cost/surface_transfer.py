@@ -256,7 +256,7 @@ def attention_kernels_for(device: Device, library: HardwareLibrary) -> dict[tupl
         Surfaces without grids at the device's figures; empty where none of the generation was measured.
     """
     operator = "flash_kernels"
-    sources = [device.surface_device or device.id]
+    sources = list(dict.fromkeys([device.id, device.surface_device or device.id]))
     sources += [name for name in library.surface_devices(operator) if name not in sources]
     for name in sources:
         document = library.surface(operator, name)

@@ -45,7 +45,7 @@ LARGEST_FILE = 2 << 30
 def looks_like_trace(path: Path) -> bool:
     """Whether a file starts like a trace: a JSON object with trace events or a schema version of Kineto."""
     with _opened(path) as stream:
-        head = stream.read(4096).decode("utf-8", errors="replace")
+        head = _start(stream).decode("utf-8", errors="replace")
     return head.lstrip().startswith("{") and ("traceEvents" in head or "schemaVersion" in head)
 
 
@@ -91,17 +91,23 @@ def read_kineto_trace(path: Path, *, level: str = DEFAULT_LEVEL) -> tuple[list[M
     return cases, links
 
 
+def _start(stream: Any) -> bytes:
+    try:
+        return bytes(stream.read(4096))
+    except (EOFError, OSError):  # a packed file that was cut off within its first bytes
+        return b""
+
+
 def _opened(path: Path) -> Any:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise FormatError([_problem(path, "the file is larger than 2 GiB", "profile fewer steps", "E-FMT-003")])
-        stream = path.open("rb")
+        with path.open("rb") as start:
+            is_packed = start.read(2) == b"\x1f\x8b"
+        return gzip.open(path, "rb") if is_packed else path.open("rb")
     except OSError as error:
         message = f"cannot be read: {error.strerror or error}"
         raise FormatError([_problem(path, message, "give a trace", "E-FMT-001")]) from None
-    is_packed = stream.read(2) == b"\x1f\x8b"
-    stream.seek(0)
-    return gzip.GzipFile(fileobj=stream) if is_packed else stream
 
 
 def _events(path: Path) -> list[Mapping[str, Any]]:

@@ -255,3 +255,12 @@ def at_values(judge: Judge, values: Values) -> Judge:
 def _log_ratios(cases: Sequence[MeasuredCase], mapped: Sequence[MappedCase], judge: Judge) -> FloatArray:
     predicted = np.array([times.sum() for times in operation_times_s(mapped, judge)])
     return np.asarray(np.log(predicted / np.array([case.median_s for case in cases])))
+
+
+def host_times(cases: Sequence[MeasuredCase]) -> dict[str, float]:
+    """Seconds of the host side that a stack's ``launch`` states, as measured; what was not measured is absent."""
+    names = {"kernel": "kernel_launch_time", "read_back": "host_synchronisation_time", "graph_launch": "graph_launch"}
+    found = {
+        names[case.operation]: case.median_s for case in cases if case.suite == "launch" and case.operation in names
+    }
+    return dict(sorted(found.items()))

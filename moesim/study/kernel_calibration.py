@@ -14,7 +14,7 @@ from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import Gemm
 from moesim.study.calibration import FOLDS, fold_of, shape_of
 from moesim.study.measured_cases import MeasuredCase
-from moesim.study.measured_operations import map_case
+from moesim.study.measured_operations import MappedCase, map_case
 from moesim.study.measurement_comparison import Judge, operation_times_s
 from moesim.study.robust_fits import Parameter, RobustFit, Values, fit_robustly
 
@@ -91,13 +91,16 @@ def fit_attention_kernels(cases: Sequence[MeasuredCase], judge: Judge) -> list[F
     return [_fit_kernel(key, some, judge) for key, some in groups.items() if len({shape_of(one) for one in some}) >= 4]
 
 
+Timed = Sequence[tuple[MeasuredCase, MappedCase]]
+
+
 def _fit_kernel(key: tuple[str, str], cases: Sequence[MeasuredCase], judge: Judge) -> FittedKernel:
-    fit = _fit(key, cases, judge)
+    timed = [(case, map_case(case, judge.stack)) for case in cases]
+    fit = _fit(key, timed, judge)
     held_out = np.zeros(0)
-    folds = np.array([fold_of(case, FOLDS) for case in cases])
-    for fold in np.unique(folds):
-        part = [case for case, of in zip(cases, folds, strict=True) if of != fold]
-        rest = [case for case, of in zip(cases, folds, strict=True) if of == fold]
+    for fold in sorted({fold_of(case, FOLDS) for case in cases}):
+        part = [one for one in timed if fold_of(one[0], FOLDS) != fold]
+        rest = [one for one in timed if fold_of(one[0], FOLDS) == fold]
         held_out = np.concatenate([held_out, _log_ratios(key, rest, judge, _fit(key, part, judge).values)])
     surface = _surface(judge, fit.values)
     named = ("batch", "length", "heads", "kv_heads", "head_size")
@@ -109,14 +112,14 @@ def _fit_kernel(key: tuple[str, str], cases: Sequence[MeasuredCase], judge: Judg
     return FittedKernel(*key, replace(surface, domain=domain), fit, held_out, tuple(case.case for case in cases))
 
 
-def _fit(key: tuple[str, str], cases: Sequence[MeasuredCase], judge: Judge) -> RobustFit:
+def _fit(key: tuple[str, str], timed: Timed, judge: Judge) -> RobustFit:
     start = asdict(KERNEL_START)
     parameters = [Parameter(name, start[name], low, high) for name, (low, high) in KERNEL_RANGES.items()]
 
     def log_ratios(values: Values) -> FloatArray:
-        return _log_ratios(key, cases, judge, values)
+        return _log_ratios(key, timed, judge, values)
 
-    return fit_robustly(parameters, log_ratios, num_cases=len(cases))
+    return fit_robustly(parameters, log_ratios, num_cases=len(timed))
 
 
 def _surface(judge: Judge, values: Values) -> AttentionTimeSurface:
@@ -127,13 +130,31 @@ def _surface(judge: Judge, values: Values) -> AttentionTimeSurface:
     return AttentionTimeSurface(device.id, *figures, parameters, (), {}, np.zeros(0), np.zeros(1))
 
 
-def _log_ratios(key: tuple[str, str], cases: Sequence[MeasuredCase], judge: Judge, values: Values) -> FloatArray:
+def _log_ratios(key: tuple[str, str], timed: Timed, judge: Judge, values: Values) -> FloatArray:
     kernels = {key: _surface(judge, values)}
     surfaces = replace(judge.surfaces, attention_kernels=kernels)
     hardware = replace(judge.alone, device=replace(judge.alone.device, surfaces=surfaces))
-    mapped = [map_case(case, judge.stack) for case in cases]
-    times = operation_times_s(mapped, replace(judge, surfaces=surfaces, alone=hardware))
-    return np.log([time_s.sum() / case.median_s for time_s, case in zip(times, cases, strict=True)])
+    times = operation_times_s([mapped for _, mapped in timed], replace(judge, surfaces=surfaces, alone=hardware))
+    return np.log([time_s.sum() / case.median_s for time_s, (case, _) in zip(times, timed, strict=True)])
+
+
+def kernels_document(kernels: Sequence[FittedKernel], device: str, source: str) -> dict[str, Any]:
+    """JSON document of fitted kernels, as ``surfaces/flash_kernels_<device>.json`` holds it."""
+    surface = kernels[0].surface
+    return {
+        "schema_version": 1,
+        "operator": "flash_kernels",
+        "device": device,
+        "precision": "bf16",
+        "provenance": {"kind": "fitted", "source": source},
+        "figures": {
+            "peak_flop_per_s": surface.peak_flop_per_s,
+            "memory_bytes_per_s": surface.memory_bytes_per_s,
+            "compute_units": surface.compute_units,
+        },
+        "grids": [],
+        "kernels": [kernel.to_json() for kernel in kernels],
+    }
 
 
 def elementwise_passes(cases: Sequence[MeasuredCase], judge: Judge) -> dict[str, dict[str, float]]:

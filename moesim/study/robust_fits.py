@@ -17,6 +17,7 @@ MEDIAN_TO_DEVIATION = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 SMALLEST_SPREAD = 1e-4
 """Floor of the spread of residuals: measured times are not exact."""
+SCALE_OVER_SPREAD = 1.5
 AT_BOUND = 1e-3
 STEP = 1e-4
 """Step of a logarithm that derivatives are taken over."""
@@ -83,10 +84,12 @@ def fit_robustly(
 
     Notes
     -----
-    Soft L1 (scipy.optimize.least_squares) in the logarithms of the parameters; covariance s² (JᵀJ)⁻¹ with s the
-    median absolute deviation of the residuals times 1.4826, n / (n - p) for degrees of freedom. A parameter is refused
-    where its column of J is null or its standard error above 50 %, the worst one first, and the others are fitted
-    again; one whose best value is a bound of its range is refused as well.
+    Soft L1 (scipy.optimize.least_squares) in the logarithms of the parameters, at a scale of 1.5 spreads of the
+    residuals (median absolute deviation times 1.4826); variances the larger of s² (Jᵀ ψ' J)⁻¹ and the
+    sandwich (Jᵀ ψ' J)⁻¹ (Jᵀ ψ² J) (Jᵀ ψ' J)⁻¹ with the influence ψ = r / sqrt(1 + (r / scale)²) and s the spread, times
+    n / (n - p) for degrees of freedom. A parameter is refused where its column
+    of J is null or its standard error above 50 %, the worst one first, and the others are fitted again; one whose best
+    value is a bound of its range is refused as well.
     """
     refused: dict[str, str] = {}
     free = list(parameters)
@@ -121,16 +124,34 @@ def _solve(
 
     low, high = (np.log([getattr(one, bound) for one in free]) for bound in ("low", "high"))
     start = np.clip(np.log([one.start for one in free]), low + AT_BOUND, high - AT_BOUND)
-    found = least_squares(
-        residuals, start, bounds=(low, high), loss="soft_l1", f_scale=OUTLIER_SCALE, diff_step=[STEP] * len(free)
-    )
-    at = residuals(found.x)
+    scale = OUTLIER_SCALE
+    for _ in range(2):  # first with a wide scale, which finds the spread of all but outliers, then with that
+        steps = [STEP] * len(free)
+        found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=scale, diff_step=steps)
+        start, at = np.clip(found.x, low + AT_BOUND**2, high - AT_BOUND**2), residuals(found.x)
+        scale = max(SCALE_OVER_SPREAD * _spread(at), SMALLEST_SPREAD)
     spread = _spread(at) * float(np.sqrt(num_cases / (num_cases - len(free))))
     jacobian = np.stack([(residuals(found.x + step) - at) / STEP for step in STEP * np.eye(len(free))], axis=1)
-    weight = 1.0 / np.sqrt(1.0 + (at / OUTLIER_SCALE) ** 2)  # of the soft L1 loss: outliers fix less
-    information = jacobian.T @ (jacobian * weight[:, None])
-    covariance = spread**2 * _inverse(information)
+    covariance = _covariance(jacobian, at, scale) * (num_cases / (num_cases - len(free)))
     return dict(zip(names, np.exp(found.x).tolist(), strict=True)), covariance, spread
+
+
+def _covariance(jacobian: FloatArray, residuals: FloatArray, scale: float) -> FloatArray:
+    """Covariance of an M-estimate: correlations of the information, variances the larger of two estimates.
+
+    The sandwich (slopes of the influence outside, its squares inside) knows what outliers add; the spread over the
+    information knows what a constant costs that a single case fixes, whose residual is then null.
+    """
+    stretch = 1.0 + (residuals / scale) ** 2
+    influence, slope = residuals / np.sqrt(stretch), stretch**-1.5
+    outside = _inverse(jacobian.T @ (jacobian * slope[:, None]))
+    inside = jacobian.T @ (jacobian * influence[:, None] ** 2)
+    plain = _spread(residuals) ** 2 * outside
+    if not np.isfinite(outside).all():
+        return plain
+    sandwich = outside @ inside @ outside
+    widening = np.sqrt(np.maximum(np.diag(sandwich) / np.diag(plain), 1.0))
+    return np.asarray(plain * np.outer(widening, widening))
 
 
 def _inverse(information: FloatArray) -> FloatArray:
