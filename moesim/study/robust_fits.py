@@ -124,16 +124,20 @@ def _solve(
 
     low, high = (np.log([getattr(one, bound) for one in free]) for bound in ("low", "high"))
     start = np.clip(np.log([one.start for one in free]), low + AT_BOUND, high - AT_BOUND)
-    scale = OUTLIER_SCALE
-    for _ in range(2):  # first with a wide scale, which finds the spread of all but outliers, then with that
-        steps = [STEP] * len(free)
-        found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=scale, diff_step=steps)
-        start, at = np.clip(found.x, low + AT_BOUND**2, high - AT_BOUND**2), residuals(found.x)
-        scale = max(SCALE_OVER_SPREAD * _spread(at), SMALLEST_SPREAD)
+    steps = [STEP] * len(free)
+
+    def solve(begin: FloatArray, scale: float) -> FloatArray:
+        found = least_squares(residuals, begin, bounds=(low, high), loss="soft_l1", f_scale=scale, diff_step=steps)
+        return np.asarray(found.x)
+
+    wide = solve(start, OUTLIER_SCALE)  # finds the spread of all but outliers, which then sets the scale
+    scale = max(SCALE_OVER_SPREAD * _spread(residuals(wide)), SMALLEST_SPREAD)
+    best = solve(np.clip(wide, low + AT_BOUND**2, high - AT_BOUND**2), scale)
+    at = residuals(best)
     spread = _spread(at) * float(np.sqrt(num_cases / (num_cases - len(free))))
-    jacobian = np.stack([(residuals(found.x + step) - at) / STEP for step in STEP * np.eye(len(free))], axis=1)
+    jacobian = np.stack([(residuals(best + step) - at) / STEP for step in STEP * np.eye(len(free))], axis=1)
     covariance = _covariance(jacobian, at, scale) * (num_cases / (num_cases - len(free)))
-    return dict(zip(names, np.exp(found.x).tolist(), strict=True)), covariance, spread
+    return dict(zip(names, np.exp(best).tolist(), strict=True)), covariance, spread
 
 
 def _covariance(jacobian: FloatArray, residuals: FloatArray, scale: float) -> FloatArray:
