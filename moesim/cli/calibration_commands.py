@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ def calibrate(
     profile: Annotated[str, typer.Option("--profile", metavar="ID", help="Device to start from.")],
     out: Annotated[Path, typer.Option("--out", metavar="ID.yaml", help="The calibrated profile to write.")],
     stack: Annotated[str | None, typer.Option("--stack", metavar="ID", help="Software the cases ran with.")] = None,
+    stack_out: Annotated[
+        Path | None,
+        typer.Option("--stack-out", metavar="ID.yaml", help="Write the stack with what was measured of it."),
+    ] = None,
     half: Annotated[
         Literal["all", "fit"], typer.Option("--half", help="fit: leave the judging half of the shapes out.")
     ] = "all",
@@ -46,12 +50,15 @@ def calibrate(
     """Fit a device's constants robustly, say what the cases leave open, and write a profile."""
     from moesim.describe.hardware_library import HardwareLibrary
     from moesim.study.calibration_report import calibration_text
+    from moesim.study.measurement_comparison import DEFAULT_STACK
 
     library = HardwareLibrary(profiles or [])
     cases, links = _read(results, _kind(collective), level)
     source = ", ".join(path.name for path in results)
     result = _fit(cases, links, library, profile, stack, is_half=half == "fit", source=source)
     _write(result, library, profile, out, source)
+    if stack_out is not None:
+        _write_stack(result, library, stack or DEFAULT_STACK, stack_out)
     if as_json:
         sys.stdout.write(json.dumps({**result.to_json(), "profile": out.stem}, indent=1, allow_nan=False) + "\n")
     else:
@@ -114,7 +121,7 @@ def _fit(
     from moesim.study.calibration import at_values, host_times, is_fit_half
     from moesim.study.calibration import calibrate as fit_device
     from moesim.study.calibration_report import CalibrationResult
-    from moesim.study.kernel_calibration import fit_attention_kernels
+    from moesim.study.kernel_calibration import fit_attention_kernels, measured_elementwise
     from moesim.study.link_calibration import fit_links
     from moesim.study.measurement_comparison import DEFAULT_STACK, judge, judge_of
 
@@ -127,7 +134,8 @@ def _fit(
     refused = {} if links else {"links": "no collectives among the cases"}
     if not any(case.suite == "overlap" for case in cases):
         refused["overlap slowdown"] = "no suite overlap among the cases"
-    return CalibrationResult(calibration, kernels, fit_links(links), host_times(chosen), refused)
+    elementwise = measured_elementwise(chosen, fitted, source=f"{source}: medians over shapes")
+    return CalibrationResult(calibration, kernels, fit_links(links), host_times(chosen), refused, elementwise)
 
 
 def _write(result: CalibrationResult, library: HardwareLibrary, profile: str, out: Path, source: str) -> None:
@@ -160,3 +168,21 @@ def _write(result: CalibrationResult, library: HardwareLibrary, profile: str, ou
         folder = out.parent.parent if out.parent.name == "devices" else out.parent
         document = kernels_document(result.kernels, out.stem, source)
         write_json(folder / SURFACES / f"{KERNELS}_{out.stem}.json", document)
+
+
+def _write_stack(result: CalibrationResult, library: HardwareLibrary, stack: str, out: Path) -> None:
+    """Write the stack's profile with the launch times and element-wise kernels that were measured."""
+    from moesim.describe.quantities import DurationFigure
+    from moesim.formats.profile_files import write_profile
+
+    base = library.path("stacks", stack)
+    assert base is not None
+    figures = {
+        f"launch.{name}": DurationFigure(value=seconds, kind="fitted", source="moesim calibrate", error_fraction=0.2)
+        for name, seconds in result.host.items()
+        if name in ("kernel_launch_time", "host_synchronisation_time")
+    }
+    fields: dict[str, Any] = {"name": f"{library.stack(stack).name}, calibrated"}
+    if result.elementwise is not None:
+        fields["elementwise"] = result.elementwise.model_dump()
+    write_profile(base, out, figures=figures, fields=fields)

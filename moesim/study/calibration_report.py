@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moesim.describe.hardware import ElementwiseKernels
 from moesim.structure.columns import FloatArray
 from moesim.study.calibration import Calibration
 from moesim.study.kernel_calibration import FittedKernel
@@ -20,7 +21,8 @@ from moesim.study.robust_fits import RobustFit
 class CalibrationResult:
     """Everything one run of ``moesim calibrate`` found.
 
-    ``host`` has launch and synchronisation times of the software, ``refused_suites`` what no case was there for.
+    ``host`` has launch and synchronisation times of the software, ``refused`` what no case was there for,
+    ``elementwise`` the stack's kernels where the cases show them.
     """
 
     calibration: Calibration | None
@@ -28,6 +30,7 @@ class CalibrationResult:
     levels: Sequence[FittedLevel]
     host: dict[str, float]
     refused: dict[str, str]
+    elementwise: ElementwiseKernels | None = None
 
     def parts(self) -> list[tuple[str, RobustFit, FloatArray]]:
         """Name, fit and held-out log errors of every block."""
@@ -48,6 +51,7 @@ class CalibrationResult:
             "schema_version": 1,
             "blocks": [_block_json(*part) for part in self.parts()],
             "host_s": self.host,
+            "elementwise": self.elementwise.model_dump() if self.elementwise else None,
             "refused": self.all_refused(),
         }
 

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from moesim.cost.attention_surface import AttentionParameters, AttentionTimeSurface
 from moesim.cost.efficiency_surfaces import device_rates
+from moesim.describe.hardware import ElementwiseKernels
+from moesim.describe.quantities import PRECISION_BYTES
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import Gemm
 from moesim.study.calibration import FOLDS, fold_of, shape_of
@@ -163,7 +166,7 @@ def elementwise_passes(cases: Sequence[MeasuredCase], judge: Judge) -> dict[str,
     Parameters
     ----------
     cases : sequence of MeasuredCase
-        Suites memory_bound, dispatch, router and grouped_gemm.
+        Suites memory_bound, dispatch and router.
     judge : Judge
         The device with its fitted streaming rate and time per kernel.
 
@@ -171,21 +174,74 @@ def elementwise_passes(cases: Sequence[MeasuredCase], judge: Judge) -> dict[str,
     -------
     dict
         Names of :class:`~moesim.describe.hardware.ElementwiseKernels` to pass to number; what no case shows is absent.
+        A router's choice is what it takes beyond its product and cast.
     """
     rates = judge.alone.device
     rate = rates.memory_bandwidth * rates.traffic_fraction
+    smallest = min(LARGE_BYTES, np.quantile([case.num_bytes for case in cases], 0.5)) if cases else 0.0
     found: dict[tuple[str, str], list[float]] = {}
     for case in cases:
         rule = ELEMENTS.get(case.operation)
-        if rule is None or case.num_bytes < LARGE_BYTES:
+        if rule is None or case.num_bytes < smallest:
             continue
         name, elements = rule
-        passes = (case.median_s - rates.traffic_fixed_s) * rate / (2.0 * elements(case))
-        found.setdefault((name, case.pass_name), []).append(passes)
+        rest_s = case.median_s - rates.traffic_fixed_s - (_product_and_cast_s(case, judge) if name == CHOICE else 0.0)
+        width = PRECISION_BYTES["fp32" if name == CHOICE else case.dtype]
+        found.setdefault((name, case.pass_name), []).append(max(rest_s, 0.0) * rate / (width * elements(case)))
     result: dict[str, dict[str, float]] = {}
     for (name, pass_name), values in found.items():
         result.setdefault(name, {})[pass_name] = float(np.median(values))
     return result
+
+
+def _product_and_cast_s(case: MeasuredCase, judge: Judge) -> float:
+    """What a router's product and cast take."""
+    mapped = map_case(case, judge.stack)
+    parts = tuple(one for one in mapped.operations if one.name in ("router.gemm", "router.cast"))
+    (times,) = operation_times_s([replace(mapped, operations=parts)], judge)
+    return float(times.sum())
+
+
+def sort_kernels(cases: Sequence[MeasuredCase], judge: Judge) -> int | None:
+    """Short kernels in a row that sorting the choices takes as long as; None where no case shows it."""
+    rates = judge.alone.device
+    rate = rates.memory_bandwidth * rates.traffic_fraction
+    found = [
+        (case.median_s - case.num_bytes / rate) / rates.traffic_fixed_s for case in cases if case.operation == "sort"
+    ]
+    return max(round(float(np.median(found))), 0) if found else None
+
+
+def measured_elementwise(cases: Sequence[MeasuredCase], judge: Judge, *, source: str) -> ElementwiseKernels | None:
+    """Element-wise kernels of a stack as cases show them, the others as the stack has them.
+
+    None where the stack states none and the cases do not show all.
+    """
+    passes, known = elementwise_passes(cases, judge), judge.stack.elementwise
+    fields: dict[str, Any] = known.model_dump() if known is not None else {"router_cast": dict(BOTH_CAST)}
+    for name, by_pass in passes.items():
+        forward = by_pass.get("forward", fields.get(name, {}).get("forward"))
+        backward = by_pass.get("backward", fields.get(name, {}).get("backward", forward))
+        fields[name] = {"forward": _rounded(forward), "backward": _rounded(backward)}
+    kernels, gradient = sort_kernels(cases, judge), separate_sum_bytes(cases, judge)
+    if kernels is not None:
+        fields["sort_kernels"] = kernels
+    if gradient is not None:
+        fields["expert_gradient_bytes"] = _rounded(gradient)
+    elif any(case.suite == "grouped_gemm" and case.pass_name == "wgrad" for case in cases):
+        fields["expert_gradient_bytes"] = None  # the product adds
+    fields["source"] = source
+    try:
+        return ElementwiseKernels.model_validate(fields)
+    except ValidationError:
+        return None
+
+
+BOTH_CAST = {"forward": 3.0, "backward": 3.0}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{min(value, 100.0):.3g}")
 
 
 def _rows(case: MeasuredCase) -> float:
@@ -196,12 +252,18 @@ def _routed(case: MeasuredCase) -> float:
     return case.size("tokens") * case.size("experts_per_token") * case.size("hidden")
 
 
+def _scores(case: MeasuredCase) -> float:
+    return case.size("tokens") * case.size("experts")
+
+
+CHOICE = "router_choice"
 ELEMENTS: Mapping[str, tuple[str, Callable[[MeasuredCase], float]]] = {
     "rms_norm": ("norm", _rows),
     "residual_add": ("residual", _rows),
     "gated_activation": ("activation", _rows),
     "permute": ("permute", _routed),
     "unpermute": ("unpermute", _routed),
+    "router": (CHOICE, _scores),
 }
 
 

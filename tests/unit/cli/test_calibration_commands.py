@@ -17,9 +17,24 @@ MEASURED = str(Path(__file__).parents[3] / "validation" / "measurements" / "h200
 def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiles")
     (folder / "devices").mkdir()
-    out = folder / "devices" / "mine.yaml"
-    assert main(["calibrate", MEASURED, "--profile", "h200_sxm", "--half", "fit", "--out", str(out)]) == 0
+    (folder / "stacks").mkdir()
+    out, stack_out = folder / "devices" / "mine.yaml", folder / "stacks" / "my_layers.yaml"
+    arguments = ["--profile", "h200_sxm", "--half", "fit", "--out", str(out), "--stack-out", str(stack_out)]
+    assert main(["calibrate", MEASURED, *arguments]) == 0
     return folder
+
+
+def test_the_stack_has_the_passes_that_ship_as_fitted_on_the_same_half(calibrated):
+    library = HardwareLibrary([calibrated])
+    mine, shipped = library.stack("my_layers").elementwise, library.stack("pytorch_grouped_mm_nccl").elementwise
+    assert mine is not None
+    assert shipped is not None
+    for name in ("norm", "activation", "permute", "unpermute"):
+        for of in ("forward", "backward"):
+            assert getattr(getattr(mine, name), of) == pytest.approx(getattr(getattr(shipped, name), of), rel=0.02)
+    assert mine.sort_kernels == pytest.approx(shipped.sort_kernels, abs=2)
+    assert mine.expert_gradient_bytes == pytest.approx(shipped.expert_gradient_bytes, rel=0.01)
+    assert library.stack("my_layers").collectives == library.stack("pytorch_grouped_mm_nccl").collectives
 
 
 def test_the_profile_is_read_and_has_the_shipped_constants_that_were_fitted_on_the_same_half(calibrated):
