@@ -35,6 +35,10 @@ def calibrate(
     half: Annotated[
         Literal["all", "fit"], typer.Option("--half", help="fit: leave the judging half of the shapes out.")
     ] = "all",
+    time: Annotated[
+        Literal["median", "minimum"],
+        typer.Option("--time", help="Of the samples of a case; minimum where other programs disturbed them."),
+    ] = "median",
     collective: Annotated[
         str | None, typer.Option("--collective", metavar="KIND", help="Of logs that do not name their program.")
     ] = None,
@@ -53,7 +57,7 @@ def calibrate(
     from moesim.study.measurement_comparison import DEFAULT_STACK
 
     library = HardwareLibrary(profiles or [])
-    cases, links = _read(results, _kind(collective), level)
+    cases, links = _read(results, _kind(collective), level, is_shortest=time == "minimum")
     source = ", ".join(path.name for path in results)
     result = _fit(cases, links, library, profile, stack, is_half=half == "fit", source=source)
     _write(result, library, profile, out, source)
@@ -78,7 +82,9 @@ def _kind(name: str | None) -> CollectiveKind | None:
     return found
 
 
-def _read(paths: list[Path], kind: CollectiveKind | None, level: str) -> tuple[list[MeasuredCase], list[LinkCase]]:
+def _read(
+    paths: list[Path], kind: CollectiveKind | None, level: str, *, is_shortest: bool
+) -> tuple[list[MeasuredCase], list[LinkCase]]:
     """Cases and collectives of all files, each by what its first lines say it is; all problems together."""
     from moesim.errors import FormatError, Problem
     from moesim.formats.kineto_trace import looks_like_trace, read_kineto_trace
@@ -99,6 +105,8 @@ def _read(paths: list[Path], kind: CollectiveKind | None, level: str) -> tuple[l
                 links += read_nccl_tests_log(path, kind=kind, level=level)
             else:
                 measured = read_measurements(path)
+                if is_shortest:
+                    measured = measured.of_shortest_samples()
                 cases += measured.cases
                 links += link_cases(measured.cases)
         except FormatError as error:

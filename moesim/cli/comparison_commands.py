@@ -23,6 +23,10 @@ def compare(
         Literal["all", "fit", "judge"],
         typer.Option("--half", help="Shapes that shipped constants were fitted on, or those that judge them."),
     ] = "all",
+    time: Annotated[
+        Literal["median", "minimum"],
+        typer.Option("--time", help="Of the samples of a case; minimum where other programs disturbed them."),
+    ] = "median",
     tolerance: Annotated[
         float | None,
         typer.Option("--tolerance", min=0.0, help="Exit with 1 if the median error of a suite is above this."),
@@ -46,6 +50,8 @@ def compare(
 
     judged_by = judge(profile, stack or DEFAULT_STACK, HardwareLibrary(profiles or []))
     measured = half_of(read_measurements(results), half)
+    if time == "minimum":
+        measured = measured.of_shortest_samples()
     comparison = compare_measurements(measured, judged_by, source=str(results))
     name = results.name if half == "all" else f"{results.name}, the half of the shapes that is to {half}"
     report = comparison_markdown(comparison, source=name)

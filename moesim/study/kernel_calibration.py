@@ -276,7 +276,8 @@ def separate_sum_bytes(cases: Sequence[MeasuredCase], judge: Judge) -> float | N
     rate = rates.memory_bandwidth * rates.traffic_fraction
     found = []
     for case in cases:
-        if case.suite != "grouped_gemm" or case.pass_name != "wgrad" or "add_" not in case.implementation:
+        is_grouped = case.suite == "grouped_gemm" and case.text("method") != "loop"
+        if not is_grouped or case.pass_name != "wgrad" or "add_" not in case.implementation:
             continue
         (operation,) = map_case(case, judge.stack.model_copy(update={"elementwise": None})).operations
         assert isinstance(operation.work, Gemm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class MeasuredCase:
     implementation: str
     loads: tuple[int, ...] = ()
     line: int = 0
+    min_s: float | None = None
 
     def size(self, name: str) -> float:
         """A size of the shape as a number."""
@@ -65,6 +66,10 @@ class Measurements:
     def device_names(self) -> tuple[str, ...]:
         """Names that the devices gave themselves, without repetition."""
         return tuple(dict.fromkeys(str(one.get("device_name", "unknown device")) for one in self.fingerprints))
+
+    def of_shortest_samples(self) -> Measurements:
+        """Cases at their shortest sample instead of the median: what a machine shared with others takes undisturbed."""
+        return replace(self, cases=tuple(replace(case, median_s=case.min_s or case.median_s) for case in self.cases))
 
     def medians_s(self) -> FloatArray:
         """Measured medians, of shape (n_cases,)."""
