@@ -38,6 +38,7 @@ ERROR_CODES: dict[str, str] = {
     "E-NET-003": "traffic that does not fit the network: ranks, groups or bytes",
     "E-OUT-001": "an output that cannot be written",
     "E-CLI-001": "a command line that cannot be understood",
+    "E-RUN-001": "processes of a measurement that did not find or lost each other",
     "E-FIT-001": "a configuration that does not fit into the memory of the device",
     "E-DOM-001": "a value outside the range in which the model was calibrated",
     "E-SIM-001": "a defect of moesim itself",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from moesim.measurement.record_files import Json
     from moesim.measurement.workbenches import Workbench
 
 DeviceKind = Literal["cuda", "cpu"]
-PassName = Literal["forward", "dgrad", "wgrad", "backward"]
-Timing = Literal["device", "host"]
+PassName = Literal["forward", "dgrad", "wgrad", "backward", "step"]
+Timing = Literal["device", "eager", "host"]
 Shape = Mapping[str, int | str]
 
 ELEMENT_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -39,11 +40,18 @@ class Work:
         The library routines behind it.
     repetitions : int
         How often one call performs the operation; times are divided by it.
+    details : mapping
+        More keys of the record, such as bytes that were observed.
     """
 
     call: Callable[[], object]
     implementation: str
     repetitions: int = 1
+    details: Mapping[str, Json] = field(default_factory=dict)
+
+
+class UnmeasurableError(RuntimeError):
+    """A case that this machine cannot measure; the message says why and becomes the reason of its record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,8 @@ class Case:
     prepare : callable
         Fill one set of inputs.
     timing : str
-        ``device``: what the device needs. ``host``: what a program that waits for each call sees.
+        ``device``: what the device needs. ``eager``: the same with the gaps that launching leaves. ``host``: what a
+        program that waits for each call sees.
     loads : tuple of int
         Rows of each expert, where there are experts.
     rotates : bool

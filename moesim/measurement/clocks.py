@@ -146,12 +146,12 @@ def build_sampler(works: Sequence[Work], timing: Timing, bench: Workbench) -> Ti
     works : sequence of Work
         The same call on sets of inputs that together exceed the cache.
     timing : str
-        What is wanted: the device's time, or the time until an answer is back.
+        What is wanted: the device's time, the same with the gaps of the host, or the time until an answer is back.
     bench : Workbench
         The device.
     """
     calls = [work.call for work in works]
-    call_s = _warm_up(calls, bench)
+    call_s = warm_up(calls, bench)
     per_set = max(1, round(SAMPLE_S[bench.device] / max(call_s, 1e-9) / len(calls)))
     rounds = min(per_set, max(1, MAX_CALLS // len(calls)))
     count = rounds * len(calls)
@@ -164,8 +164,8 @@ def build_sampler(works: Sequence[Work], timing: Timing, bench: Workbench) -> Ti
     expected_s = call_s * count
     if not bench.is_cuda or timing == "host":
         return Timed(HostSampler(run, count, expected_s, bench.wait), None)
-    host_s = _host_s(calls, bench)
-    graph = _captured(run)
+    host_s = host_seconds(calls, bench)
+    graph = None if timing == "eager" else _captured(run)
     if graph is None:
         return Timed(EventSampler(run, count, expected_s, "cuda_events"), host_s)
     graph.replay()
@@ -173,8 +173,16 @@ def build_sampler(works: Sequence[Work], timing: Timing, bench: Workbench) -> Ti
     return Timed(EventSampler(graph.replay, count, expected_s, "cuda_graph", holds=run), host_s)
 
 
-def _warm_up(calls: Sequence[Callable[[], object]], bench: Workbench) -> float:
-    """Call every set once, at least a few times in all; return the seconds of a later call."""
+def warm_up(calls: Sequence[Callable[[], object]], bench: Workbench) -> float:
+    """Call every set once, at least a few times in all; return the seconds of a later call.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        One per set of inputs.
+    bench : Workbench
+        The device.
+    """
     for index in range(max(WARM_UP_CALLS, len(calls) if bench.is_cuda else 1)):
         calls[index % len(calls)]()
     bench.wait()
@@ -185,8 +193,16 @@ def _warm_up(calls: Sequence[Callable[[], object]], bench: Workbench) -> float:
     return (time.perf_counter() - begin) / len(calls[:HOST_CALLS])
 
 
-def _host_s(calls: Sequence[Callable[[], object]], bench: Workbench) -> float:
-    """Seconds to issue one call to an idle device."""
+def host_seconds(calls: Sequence[Callable[[], object]], bench: Workbench) -> float:
+    """Seconds to issue one call to an idle device.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        One per set of inputs.
+    bench : Workbench
+        The device.
+    """
     seconds = []
     for index in range(HOST_CALLS):
         bench.wait()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moesim.errors import SimulationError
-from moesim.measurement.cases import Case
+from moesim.measurement.cases import Case, UnmeasurableError
 from moesim.measurement.clocks import EventSampler, HostSampler, Timed, build_sampler, summarise
-from moesim.measurement.record_files import Record
+from moesim.measurement.record_files import Json, Record
 from moesim.measurement.workbenches import Workbench
 
 BATCH_CASES = 8
@@ -47,7 +47,9 @@ class Progress:
 
 
 @dataclass(slots=True)
-class _Prepared:
+class Prepared:
+    """A case that is warmed up: its clock, and the samples it gave, in seconds per operation."""
+
     case: Case
     timed: Timed
     implementation: str
@@ -55,6 +57,7 @@ class _Prepared:
     num_sets: int
     num_samples: int
     samples_s: list[float]
+    details: Mapping[str, Json]
 
 
 def measure(
@@ -98,25 +101,39 @@ def measure(
     while pending and deadline.left_s > 0:
         slice_s = min(max(deadline.left_s / len(pending), SLICE_S[0]), SLICE_S[1])
         batch = _next_batch(pending, bench)
-        prepared = []
-        for case in batch:
-            if deadline.left_s <= 0:
-                break
+        for _ in range(_measure_batch(batch, bench, write, session, deadline, slice_s, progress)):
             pending.pop(0)
-            made = _prepare(case, bench, slice_s)
-            if isinstance(made, str):
-                write({"record": "skip", "session": session, **_description(case), "reason": made})
-                progress.skipped += 1
-            else:
-                prepared.append(made)
-        for done in _sampled(prepared, bench, deadline):
-            write({"record": "result", "session": session, **_description(done.case), **_measurement(done, bench)})
-            progress.measured += 1
-            progress.latest = done.case.identifier
-        prepared.clear()
         bench.release()
         report(progress)
     return progress
+
+
+def _measure_batch(
+    batch: Sequence[Case],
+    bench: Workbench,
+    write: Callable[[Record], None],
+    session: str,
+    deadline: Deadline,
+    slice_s: float,
+    progress: Progress,
+) -> int:
+    """Measure cases in turns and return how many were begun; nothing holds their memory after that."""
+    prepared, num_begun = [], 0
+    for case in batch:
+        if deadline.left_s <= 0:
+            break
+        num_begun += 1
+        made = _prepare(case, bench, slice_s)
+        if isinstance(made, str):
+            write({"record": "skip", "session": session, **description(case), "reason": made})
+            progress.skipped += 1
+        else:
+            prepared.append(made)
+    for done in _sampled(prepared, bench, deadline):
+        write({"record": "result", "session": session, **description(done.case), **measurement(done, bench)})
+        progress.measured += 1
+        progress.latest = done.case.identifier
+    return num_begun
 
 
 def _next_batch(pending: Sequence[Case], bench: Workbench) -> list[Case]:
@@ -130,7 +147,7 @@ def _next_batch(pending: Sequence[Case], bench: Workbench) -> list[Case]:
     return batch
 
 
-def _prepare(case: Case, bench: Workbench, slice_s: float) -> _Prepared | str:
+def _prepare(case: Case, bench: Workbench, slice_s: float) -> Prepared | str:
     """Fill the inputs of a case and warm it up, or return why that cannot be."""
     if case.working_set_bytes > bench.memory_bytes:
         return f"needs {case.working_set_bytes:.3g} bytes, but {bench.memory_bytes:.3g} may be used"
@@ -139,12 +156,25 @@ def _prepare(case: Case, bench: Workbench, slice_s: float) -> _Prepared | str:
         works = [case.prepare(bench) for _ in range(num_sets)]
         timed = build_sampler(works, case.timing, bench)
     except (RuntimeError, AttributeError, TypeError) as error:  # out of memory; not in this torch, not on this device
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        reason = why_unmeasured(error)
         _check_device(bench, case, reason)
         return reason
     affordable = int(slice_s / max(timed.sampler.expected_s, 1e-9))
     num_samples = min(max(affordable, MIN_SAMPLES), MAX_SAMPLES)
-    return _Prepared(case, timed, works[0].implementation, works[0].repetitions, num_sets, num_samples, [])
+    work = works[-1]
+    return Prepared(case, timed, work.implementation, work.repetitions, num_sets, num_samples, [], work.details)
+
+
+def why_unmeasured(error: Exception) -> str:
+    """Say in one line why a case has no result.
+
+    Parameters
+    ----------
+    error : Exception
+        What stopped it.
+    """
+    first = (str(error).splitlines() or [""])[0][:300]
+    return first if isinstance(error, UnmeasurableError) else f"{type(error).__name__}: {first}"
 
 
 def _check_device(bench: Workbench, case: Case, reason: str) -> None:
@@ -155,7 +185,7 @@ def _check_device(bench: Workbench, case: Case, reason: str) -> None:
         raise SimulationError(f"{case.identifier} left the device unusable ({reason})", bench.seed) from error
 
 
-def _sampled(prepared: list[_Prepared], bench: Workbench, deadline: Deadline) -> list[_Prepared]:
+def _sampled(prepared: list[Prepared], bench: Workbench, deadline: Deadline) -> list[Prepared]:
     """Take the samples of a batch in turns, so that a drift of clocks or neighbours meets all cases alike."""
     for turn in range(max((one.num_samples for one in prepared), default=0)):
         if turn >= MIN_SAMPLES and deadline.left_s <= 0:
@@ -172,7 +202,14 @@ def _sampled(prepared: list[_Prepared], bench: Workbench, deadline: Deadline) ->
     return prepared
 
 
-def _description(case: Case) -> Record:
+def description(case: Case) -> Record:
+    """Return what a record says of a case, whether it was measured or not.
+
+    Parameters
+    ----------
+    case : Case
+        The case.
+    """
     return {
         "case": case.identifier,
         "suite": case.suite,
@@ -186,7 +223,16 @@ def _description(case: Case) -> Record:
     }
 
 
-def _measurement(done: _Prepared, bench: Workbench) -> Record:
+def measurement(done: Prepared, bench: Workbench) -> Record:
+    """Return what a record says of a case that was measured.
+
+    Parameters
+    ----------
+    done : Prepared
+        With all its samples.
+    bench : Workbench
+        The device.
+    """
     summary = summarise(done.samples_s)
     host_s = done.timed.host_s
     return {
@@ -203,4 +249,5 @@ def _measurement(done: _Prepared, bench: Workbench) -> Record:
         "input_sets": done.num_sets,
         "rotated_bytes": float(done.num_sets * done.case.working_set_bytes),
         "exceeds_cache": done.num_sets * done.case.working_set_bytes > bench.cache_bytes,
+        **done.details,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -172,6 +173,30 @@ def run_block(
     tensor of shape (n_tokens, hidden)
         Outputs.
     """
+    return run_block_around(lambda rows: run_layer(rows, experts, routing), tokens, shape, weights)
+
+
+def run_block_around(
+    layer: Callable[[Tensor], Tensor], tokens: Tensor, shape: AttentionShape, weights: BlockWeights
+) -> Tensor:
+    """Run norm, attention, residual, norm, a layer of experts, residual.
+
+    Parameters
+    ----------
+    layer : callable
+        The layer of experts, without its residual.
+    tokens : tensor of shape (n_tokens, hidden)
+        Inputs, sequence after sequence.
+    shape : AttentionShape
+        Sizes of the attention.
+    weights : BlockWeights
+        Of norms and projections.
+
+    Returns
+    -------
+    tensor of shape (n_tokens, hidden)
+        Outputs.
+    """
     steps = differentiable()
     attend = attention_function(shares_keys=shape.kv_heads != shape.heads, method="default")
     normed = rms_norm(tokens, weights.first_norm)
@@ -180,7 +205,7 @@ def run_block(
     queries, keys, values = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
     mixed = attend(queries, keys, values).transpose(1, 2).reshape(tokens.shape[0], -1)
     tokens = tokens + steps.linear(mixed, weights.output, weights.output_sum)
-    return tokens + run_layer(rms_norm(tokens, weights.second_norm), experts, routing)
+    return tokens + layer(rms_norm(tokens, weights.second_norm))
 
 
 def prepare_block(

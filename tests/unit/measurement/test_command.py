@@ -41,8 +41,8 @@ def records(path: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "target: nothing is named; choose from single_gpu [E-SCN-010]"),
-        (("singel_gpu",), "target: 'singel_gpu' is not among the choices; did you mean 'single_gpu'?"),
+        ((), "SUITE: nothing is named; choose from single_gpu, gemm, grouped_gemm,"),
+        (("singel_gpu",), "SUITE: 'singel_gpu' is not among the choices; did you mean 'single_gpu'?"),
         (("single_gpu", "--budget", "8"), "--budget: '8' has no unit; add a unit, such as '8 us'"),
         (("single_gpu", "--budget", "8 GB"), "--budget: '8 GB' is an amount of data, a duration such as"),
         (("single_gpu", "--budget=-1s"), "--budget: '-1s' is negative"),
