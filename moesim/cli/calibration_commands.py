@@ -132,6 +132,7 @@ def _fit(
     from moesim.study.kernel_calibration import fit_attention_kernels, measured_elementwise
     from moesim.study.link_calibration import fit_links
     from moesim.study.measurement_comparison import DEFAULT_STACK, judge, judge_of
+    from moesim.study.overlap_calibration import hidden_shares
 
     judged_by = judge(profile, stack or DEFAULT_STACK, library)
     chosen = [case for case in cases if is_fit_half(case) or not is_half]
@@ -141,9 +142,10 @@ def _fit(
     kernels = fit_attention_kernels(chosen, fitted) if has_surfaces else []
     refused = {} if links else {"links": "no collectives among the cases"}
     if not any(case.suite == "overlap" for case in cases):
-        refused["overlap slowdown"] = "no suite overlap among the cases"
+        refused["overlap"] = "no suite overlap among the cases"
+    overlap = hidden_shares(cases)
     elementwise = measured_elementwise(chosen, fitted, source=f"{source}: medians over shapes")
-    return CalibrationResult(calibration, kernels, fit_links(links), host_times(chosen), refused, elementwise)
+    return CalibrationResult(calibration, kernels, fit_links(links), host_times(chosen), refused, elementwise, overlap)
 
 
 def _write(result: CalibrationResult, library: HardwareLibrary, profile: str, out: Path, source: str) -> None:

@@ -228,6 +228,8 @@ class LaunchBehaviour(Description):
     null where no framework stands between, so that each kernel costs its launch. ``loops_over_experts``: grouped GEMMs
     and their casts are issued expert by expert, a launch each. ``step_time`` is spent once per step on the loop around
     it (batch, optimizer, clipping, logging); ``cuda_graphs`` lists what is replayed instead of issued.
+    ``parameter_tensor_operations`` of the framework per tensor and step, null as Megatron-Core's; 0 where one fused
+    update takes all tensors.
     ``expert_message_time`` is what each message between a rank and one expert costs where rows are exchanged expert by
     expert, each peer on its own; null where one all-to-all does it.
     """
@@ -235,6 +237,7 @@ class LaunchBehaviour(Description):
     kernel_launch_time: DurationFigure
     operation_time: DurationFigure | None = None
     step_time: DurationFigure | None = None
+    parameter_tensor_operations: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, strict=True)] | None = None
     loops_over_experts: Flag = False
     expert_message_time: DurationFigure | None = None
     cuda_graphs: list[GraphedPart] = []

@@ -142,6 +142,7 @@ def _case(path: Path, line: int, record: Mapping[str, Any], problems: list[Probl
         implementation=record["implementation"],
         loads=tuple(loads),
         line=line,
+        peak_bytes=float(record["peak_bytes"]) if _is_amount(record.get("peak_bytes"), may_be_zero=False) else None,
         min_s=float(record["min_s"]) if _is_amount(record.get("min_s"), may_be_zero=False) else None,
     )
 

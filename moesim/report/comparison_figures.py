@@ -8,7 +8,8 @@ from plotly import graph_objects as go
 
 from moesim.report.pages import Fact, Note, write_chart
 from moesim.report.styles import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, base_layout
-from moesim.study.measurement_comparison import ComparedCase, Comparison
+from moesim.study.compared_cases import ComparedCase
+from moesim.study.measurement_comparison import Comparison
 
 HEIGHT = 640
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY, INK)

@@ -14,6 +14,7 @@ from moesim.structure.columns import FloatArray
 from moesim.study.calibration import Calibration
 from moesim.study.kernel_calibration import FittedKernel
 from moesim.study.link_calibration import FittedLevel
+from moesim.study.overlap_calibration import HiddenShare
 from moesim.study.robust_fits import RobustFit
 
 
@@ -22,7 +23,7 @@ class CalibrationResult:
     """Everything one run of ``moesim calibrate`` found.
 
     ``host`` has launch and synchronisation times of the software, ``refused`` what no case was there for,
-    ``elementwise`` the stack's kernels where the cases show them.
+    ``elementwise`` the stack's kernels where the cases show them, ``overlap`` what hides beside compute.
     """
 
     calibration: Calibration | None
@@ -31,6 +32,7 @@ class CalibrationResult:
     host: dict[str, float]
     refused: dict[str, str]
     elementwise: ElementwiseKernels | None = None
+    overlap: Sequence[HiddenShare] = ()
 
     def parts(self) -> list[tuple[str, RobustFit, FloatArray]]:
         """Name, fit and held-out log errors of every block."""
@@ -43,6 +45,7 @@ class CalibrationResult:
     def all_refused(self) -> dict[str, str]:
         """Constants that were not fitted, by block and name, and why."""
         found = {f"{name}: {key}": why for name, fit, _ in self.parts() for key, why in fit.refused.items()}
+        found |= {f"overlap {one.collective}": one.refused for one in self.overlap if one.refused}
         return {**found, **self.refused}
 
     def to_json(self) -> dict[str, Any]:
@@ -51,6 +54,11 @@ class CalibrationResult:
             "schema_version": 1,
             "blocks": [_block_json(*part) for part in self.parts()],
             "host_s": self.host,
+            "overlap": [
+                {"collective": one.collective, "hidden_share": one.share, "standard_error": one.standard_error}
+                for one in self.overlap
+                if not one.refused
+            ],
             "elementwise": self.elementwise.model_dump() if self.elementwise else None,
             "refused": self.all_refused(),
         }
@@ -87,6 +95,11 @@ def calibration_text(result: CalibrationResult) -> str:
         lines.append(f"{name}: {fit.num_cases} cases, spread {fit.spread:.1%}; {left_out}")
         lines += [f"  {key} = {fit.values[key]:.4g} +- {error:.1%}" for key, error in fit.standard_errors.items()]
         lines += _correlations(fit)
+    lines += [
+        f"overlap {one.collective}: {one.share:.0%} +- {one.standard_error:.0%} hidden, {one.num_pairs} pairs"
+        for one in result.overlap
+        if not one.refused
+    ]
     lines += [f"host: {name} = {seconds:.4g} s" for name, seconds in result.host.items()]
     lines += [f"refused: {name}: {why}" for name, why in result.all_refused().items()]
     return "\n".join(lines)

@@ -22,7 +22,9 @@ ALGORITHM_OF: dict[CollectiveKind, str] = {
     "point_to_point": "send",
 }
 """The algorithm whose rounds and bytes a kind is fitted with: what libraries do with large messages on one level."""
-KINDS_OF_FILES = {"sendrecv": "point_to_point", "p2p": "point_to_point", "alltoall": "all_to_all"}
+KINDS_OF_FILES = {"ping_pong": "point_to_point"}
+"""Records' own names; ping-pong is one message between two ranks, one way. Pairs at once share what lies between."""
+SIZE_NAMES = ("size", "bytes")
 ALPHA, BETA = "alpha_s", "beta_bytes_per_s"
 RANGES = {ALPHA: (1e-8, 1.0), BETA: (1e5, 1e14)}
 DEFAULT_LEVEL = "links"
@@ -62,18 +64,19 @@ class FittedLevel:
 
 
 def link_cases(cases: Sequence[MeasuredCase]) -> list[LinkCase]:
-    """Collectives among measured cases: suite ``collectives``, shape ``kind``, ``ranks``, ``bytes``, maybe ``level``.
+    """Collectives among measured cases: suite ``collectives``, shape ``ranks`` and ``size``, maybe ``kind``, ``level``.
 
-    Skewed exchanges and several collectives at once are no measure of one link and are left out.
+    Uneven exchanges and several collectives at once are no measure of one link and are left out.
     """
     found = []
     for case in cases:
         kind = KINDS_OF_FILES.get(case.text("kind") or case.operation, case.text("kind") or case.operation)
-        if case.suite != "collectives" or kind not in ALGORITHM_OF or not {"ranks", "bytes"} <= set(case.shape):
+        size = next((name for name in SIZE_NAMES if name in case.shape), None)
+        if case.suite != "collectives" or kind not in ALGORITHM_OF or size is None or "ranks" not in case.shape:
             continue
         if case.text("preset") not in ("", "W0"):
             continue
-        ranks, num_bytes = case.size("ranks"), case.size("bytes")
+        ranks, num_bytes = case.size("ranks"), case.size(size)
         if ranks >= 2 and num_bytes > 0:
             level = case.text("level") or DEFAULT_LEVEL
             found.append(LinkCase(level, kind, int(ranks), num_bytes, case.median_s))

@@ -10,8 +10,8 @@ import numpy as np
 
 from moesim.structure.columns import FloatArray
 
-PASSES = ("forward", "dgrad", "wgrad", "backward")
-"""Passes of a record; ``backward`` holds all gradients."""
+PASSES = ("forward", "dgrad", "wgrad", "backward", "step")
+"""Passes of a record; ``backward`` holds all gradients, ``step`` both and the update."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MeasuredCase:
     """One timed case; keys and units are those of ``validation/measurements/README.md``.
 
     ``shape`` names sizes and choices, ``loads`` are rows of each expert where there are experts. ``line`` is that of
-    the file.
+    the file, ``peak_bytes`` what a case of memory held at most.
     """
 
     case: str
@@ -38,6 +38,7 @@ class MeasuredCase:
     loads: tuple[int, ...] = ()
     line: int = 0
     min_s: float | None = None
+    peak_bytes: float | None = None
 
     def size(self, name: str) -> float:
         """A size of the shape as a number."""

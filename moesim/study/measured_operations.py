@@ -12,6 +12,7 @@ from moesim.cost.state_costs import update_bytes
 from moesim.describe.hardware import Stack
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Optimizer, Precisions, Scenario
+from moesim.describe.stack_options import StackOptions, stack_with_options
 from moesim.structure.columns import FloatArray
 from moesim.structure.group_tables import group_columns_table
 from moesim.structure.layers import LayerKind
@@ -42,13 +43,16 @@ class MappedCase:
 
     ``attention_library`` goes before the stack's; ``updated_bytes`` are an optimizer's, which has no operation.
 
-    ``host_constant`` names a constant of the stack that is compared by itself; ``reason`` says why a case has neither.
+    A whole step is a ``scenario`` under a ``stack``. ``host_constant`` names a constant of the stack that is compared
+    by itself; ``reason`` says why a case has none of these.
     """
 
     operations: tuple[Operation, ...] = ()
     is_in_step: bool = False
     attention_library: str = ""
     updated_bytes: float = 0.0
+    scenario: Scenario | None = None
+    stack: Stack | None = None
     host_constant: str = ""
     reason: str = ""
 
@@ -228,8 +232,36 @@ def _launch(case: MeasuredCase, _: Stack) -> MappedCase:
 
 
 def _moe_layer(case: MeasuredCase, stack: Stack) -> MappedCase:
-    context = _moe_context(case, stack, experts=_size(case, "experts"), inner=_size(case, "inner"))
+    if case.shape.get("ranks", 1) != 1:
+        return MappedCase(reason="a layer over several ranks needs their links: see moesim estimate")
+    chosen = _dispatched(case, stack)
+    context = _moe_context(case, chosen, experts=_size(case, "experts"), inner=_size(case, "inner"))
     return MappedCase(_of_pass(moe_part(context, MOE_LAYER, np.ones_like), case), is_in_step=True)
+
+
+def _dispatched(case: MeasuredCase, stack: Stack) -> Stack:
+    """Return the stack with the case's dispatch, where it names one."""
+    dispatch = case.text("dispatch")
+    return stack.model_copy(update={"dispatch": dispatch}) if dispatch else stack
+
+
+def _train_step(case: MeasuredCase, stack: Stack) -> MappedCase:
+    """A whole step as a scenario: blocks between an embedding and a head, Adam; a graph replays it where one did."""
+    if case.shape.get("ranks", 1) != 1 or case.shape.get("replicas", 1) != 1:
+        return MappedCase(reason="a step over several ranks needs their links: see moesim estimate")
+    fields = {**_attention_fields(case), "moe": _moe_fields(case, _size(case, "experts"), _size(case, "inner"))}
+    fields |= {
+        "hidden_size": int(_size(case, "hidden")),
+        "vocab_size": int(_size(case, "vocabulary")),
+        "tied_embeddings": False,
+        "layers": [{"count": int(_size(case, "blocks")), "ffn": "moe"}],
+    }
+    chosen = _dispatched(case, stack)
+    if case.text("launch") == "graph":
+        chosen = stack_with_options(chosen, StackOptions(cuda_graphs=["step"]))
+    sequences, batches = _size(case, "batch"), _size(case, "micro_batches")
+    scenario = _scenario(fields, case.dtype, chosen, sequences, _size(case, "length"), micro_batches=batches)
+    return MappedCase(scenario=scenario, stack=chosen)
 
 
 def _transformer_block(case: MeasuredCase, stack: Stack) -> MappedCase:
@@ -251,6 +283,8 @@ MAPPERS: dict[str, Callable[[MeasuredCase, Stack], MappedCase]] = {
     "optimizer": _optimizer,
     "launch": _launch,
     "moe_layer": _moe_layer,
+    "train_step": _train_step,
+    "memory": _train_step,
     "transformer_block": _transformer_block,
 }
 
@@ -283,19 +317,25 @@ def _dense_fields(width: int) -> dict[str, Any]:
 
 
 def _moe_fields(case: MeasuredCase, experts: float, inner: float, **router: Any) -> dict[str, Any]:
-    kind = case.text("kind") or "top_k"
+    kind = case.text("kind") or case.text("router") or "top_k"
     chosen = {"kind": kind, "experts_per_token": int(_size(case, "experts_per_token")), **router}
+    if "capacity_factor" in case.shape:
+        chosen["capacity_factor"] = case.size("capacity_factor")
+        chosen["capacity_per"] = case.text("capacity_per") or "token"
+        if "group_tokens" in case.shape:
+            chosen["group_tokens"] = int(_size(case, "group_tokens"))
     return {
         "num_experts": int(experts),
         "intermediate_size": int(inner),
-        "is_gated": True,
+        "is_gated": case.shape.get("gated", 1) != 0,
         "router": {**chosen, "precision": "fp32"},
     }
 
 
 def _moe_context(case: MeasuredCase, stack: Stack, *, experts: float, inner: float = 1.0) -> LoweringContext:
     """Context of one MoE layer on one device; tokens are those of the draw, where loads say how many it had."""
-    tokens = sum(case.loads) / _size(case, "experts_per_token") if case.loads else _size(case, "tokens")
+    is_drawn = bool(case.loads) and "capacity_factor" not in case.shape
+    tokens = sum(case.loads) / _size(case, "experts_per_token") if is_drawn else _size(case, "tokens")
     fields = {**_dense_fields(int(_size(case, "hidden"))), "moe": _moe_fields(case, experts, inner)}
     return _context(fields, case.dtype, stack, 1.0, tokens)
 
@@ -310,7 +350,14 @@ def _one_hot_context(case: MeasuredCase, stack: Stack) -> LoweringContext:
 
 
 def _context(fields: dict[str, Any], dtype: str, stack: Stack, sequences: float, length: float) -> LoweringContext:
-    """Training on one device of one layer: weights and activations in ``dtype``, gradients added up in fp32."""
+    scenario = _scenario(fields, dtype, stack, sequences, length)
+    return LoweringContext(scenario, stack, resolve_columns(group_columns_table(scenario, {}, 1)))
+
+
+def _scenario(
+    fields: dict[str, Any], dtype: str, stack: Stack, sequences: float, length: float, *, micro_batches: float = 1.0
+) -> Scenario:
+    """Training on one device: weights and activations in ``dtype``, gradients added up in fp32."""
     number_format = {"compute": dtype, "parameters": dtype, "activations": dtype, "dispatch": dtype}
     document = {
         "schema_version": 1,
@@ -324,13 +371,12 @@ def _context(fields: dict[str, Any], dtype: str, stack: Stack, sequences: float,
         "workload": {
             "sequence_length": int(length),
             "sequences_per_micro_batch": int(sequences),
-            "sequences_per_step": int(sequences),
+            "sequences_per_step": int(sequences * micro_batches),
         },
         "precision": {**number_format, "gradients": MASTER_PRECISION},
         "parallelism": {"data": 1},
-        "cluster": "measured",
+        "cluster": "alone",
         "devices": 1,
         "stack": stack.id,
     }
-    scenario = Scenario.model_validate(document)
-    return LoweringContext(scenario, stack, resolve_columns(group_columns_table(scenario, {}, 1)))
+    return Scenario.model_validate(document)

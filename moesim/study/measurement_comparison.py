@@ -17,91 +17,20 @@ from moesim.cost.operators import Hardware, price_all
 from moesim.cost.state_costs import update_time_s
 from moesim.cost.surface_transfer import device_surfaces
 from moesim.cost.uncertainty import LEVEL, figure_error
-from moesim.describe.hardware import Cluster, Device, Stack
+from moesim.describe.hardware import Device, Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import FormatError, Problem, ScenarioError
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import AttentionCore, Gemm, Operation
+from moesim.study.compared_cases import ComparedCase, ErrorStatistics, MemoryCase, error_statistics
 from moesim.study.measured_cases import MeasuredCase, Measurements
 from moesim.study.measured_operations import MappedCase, UnmappableCaseError, map_case
+from moesim.study.step_comparison import alone, step_comparison
 
 DEFAULT_STACK = "pytorch_grouped_mm_nccl"
 EXTRAPOLATION_FACTOR = 2.0
 """Times the half width of a surface where a pass is not the one it was fitted on; as ``moesim predict`` has it."""
 ALIGNMENT = 64
-WIDEST = 6.0
-"""Half width above which an interval says nothing and its ends would overflow."""
-
-
-@dataclass(frozen=True)
-class ComparedCase:
-    """A measured case with its prediction; ``half_width`` is that of the interval of log(measured / predicted)."""
-
-    case: MeasuredCase
-    predicted_s: float
-    half_width: float
-
-    @property
-    def error(self) -> float:
-        """Predicted over measured less one."""
-        return self.predicted_s / self.case.median_s - 1.0
-
-    @property
-    def log_ratio(self) -> float:
-        """Natural logarithm of predicted over measured: alike for twice as long and half as long."""
-        return math.log(self.predicted_s / self.case.median_s)
-
-    @property
-    def is_covered(self) -> bool:
-        """Whether the measured time lies in the interval."""
-        return abs(self.log_ratio) <= self.half_width
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the numbers of the case."""
-        width = math.exp(min(self.half_width, WIDEST))
-        return {
-            "case": self.case.case,
-            "suite": self.case.suite,
-            "operation": self.case.operation,
-            "pass": self.case.pass_name,
-            "measured_s": self.case.median_s,
-            "predicted_s": self.predicted_s,
-            "error": self.error,
-            "low_s": self.predicted_s / width,
-            "high_s": self.predicted_s * width,
-            "is_covered": self.is_covered,
-        }
-
-
-@dataclass(frozen=True)
-class ErrorStatistics:
-    """Errors of some cases: |predicted / measured - 1| median and 90th percentile, median error, share covered."""
-
-    num_cases: int
-    median: float
-    p90: float
-    bias: float
-    coverage: float
-
-    def to_json(self) -> dict[str, float | int]:
-        """Return the numbers."""
-        return {
-            "num_cases": self.num_cases,
-            "median": self.median,
-            "p90": self.p90,
-            "bias": self.bias,
-            "coverage": self.coverage,
-        }
-
-
-def error_statistics(compared: Sequence[ComparedCase]) -> ErrorStatistics:
-    """Statistics of some cases, at least one."""
-    errors = np.array([one.error for one in compared])
-    covered = float(np.mean([one.is_covered for one in compared]))
-    absolute = np.abs(errors)
-    return ErrorStatistics(
-        len(compared), float(np.median(absolute)), float(np.quantile(absolute, 0.9)), float(np.median(errors)), covered
-    )
 
 
 @dataclass(frozen=True)
@@ -114,6 +43,7 @@ class Comparison:
     compared: Sequence[ComparedCase]
     unmapped: Sequence[tuple[MeasuredCase, str]]
     skipped: Sequence[tuple[str, str]] = ()
+    memory: Sequence[MemoryCase] = ()
 
     def groups(self, key: Callable[[MeasuredCase], tuple[str, ...]]) -> dict[tuple[str, ...], list[ComparedCase]]:
         """Cases by a key, in the order in which the file has them."""
@@ -154,6 +84,7 @@ class Comparison:
             "suites": {suite: errors.to_json() for suite, errors in self.by_suite().items()},
             "operations": operations,
             "cases": [one.to_json() for one in self.worst()],
+            "memory": [one.to_json() for one in self.memory],
             "unmapped": [{"case": case.case, "reason": reason} for case, reason in self.unmapped],
             "skipped": [{"case": case, "reason": reason} for case, reason in self.skipped],
         }
@@ -198,37 +129,10 @@ def judge(device_name: str, stack_name: str, library: HardwareLibrary) -> Judge:
 
 def judge_of(device: Device, stack: Stack, surfaces: FittedSurfaces) -> Judge:
     """Rates of profiles that are at hand; one device alone has no fabric to price."""
-    fabric = fabric_rates(_alone(device), device, stack)
+    fabric = fabric_rates(alone(device), device, stack)
     kernels = device_rates(device, surfaces=surfaces, is_sustained=True)
     in_step = device_rates(device, stack, surfaces=surfaces)
     return Judge(device, stack, surfaces, Hardware(kernels, fabric), Hardware(in_step, fabric))
-
-
-def _alone(device: Device) -> Cluster:
-    """A cluster of one device."""
-    return Cluster.model_validate(
-        {
-            "schema_version": 1,
-            "id": "alone",
-            "name": device.name,
-            "device": device.id,
-            "device_count": 1,
-            "devices_per_node": 1,
-            "fabric": {
-                "kind": "hierarchical",
-                "levels": [
-                    {
-                        "name": "self",
-                        "tier": "scale_up",
-                        "medium": "none",
-                        "size": 1,
-                        "bandwidth_per_device": {"value": "1 GB/s", "kind": "assumed", "source": "never used"},
-                        "latency": {"value": "1 us", "kind": "assumed", "source": "never used"},
-                    }
-                ],
-            },
-        }
-    )
 
 
 def compare_measurements(measurements: Measurements, judged_by: Judge, *, source: str = "") -> Comparison:
@@ -255,6 +159,7 @@ def compare_measurements(measurements: Measurements, judged_by: Judge, *, source
     """
     compared: list[ComparedCase] = []
     unmapped: list[tuple[MeasuredCase, str]] = []
+    held: list[MemoryCase] = []
     problems: list[Problem] = []
     mapped: list[tuple[MeasuredCase, MappedCase]] = []
     for case in measurements.cases:
@@ -268,6 +173,10 @@ def compare_measurements(measurements: Measurements, judged_by: Judge, *, source
     for (case, mapping), time_s in zip(mapped, operation_times_s([one for _, one in mapped], judged_by), strict=True):
         if mapping.reason:
             unmapped.append((case, mapping.reason))
+        elif mapping.scenario is not None:
+            one, memory_case = step_comparison(case, mapping, judged_by.device, judged_by.surfaces)
+            compared.append(one)
+            held += [memory_case] if memory_case is not None else []
         elif mapping.host_constant:
             compared.append(_host_case(case, mapping.host_constant, judged_by))
         else:
@@ -277,7 +186,8 @@ def compare_measurements(measurements: Measurements, judged_by: Judge, *, source
         remedy = "compare single-device suites; collectives and links are fitted by moesim calibrate"
         raise FormatError([Problem("E-FMT-014", message, remedy, source or None)])
     names = (judged_by.device.id, judged_by.stack.id)
-    return Comparison(*names, measurements.device_names, tuple(compared), tuple(unmapped), measurements.skipped)
+    parts = (tuple(compared), tuple(unmapped), measurements.skipped, tuple(held))
+    return Comparison(*names, measurements.device_names, *parts)
 
 
 def operation_times_s(mapped: Sequence[MappedCase], judged_by: Judge) -> list[FloatArray]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from moesim.study.compared_cases import ComparedCase, ErrorStatistics, MemoryCase
 from moesim.study.measured_cases import MeasuredCase
-from moesim.study.measurement_comparison import ComparedCase, Comparison, ErrorStatistics
+from moesim.study.measurement_comparison import Comparison
 
 WORST_CASES = 40
 WORST_OF_SUITE = 5
 MICRO = 1e-6
+GIB = 2.0**30
 HEAD = "| cases | median error | 90th percentile | bias | in the 90 % interval |"
 RULE = "| ---: | ---: | ---: | ---: | ---: |"
 
@@ -57,6 +59,7 @@ def comparison_markdown(comparison: Comparison, *, source: str) -> str:
         "",
         *_case_table(_worst_of_suites(comparison)),
         "",
+        *_memory_table(comparison.memory),
         *_without_prediction(comparison.unmapped, comparison.skipped),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -83,6 +86,25 @@ def _case_table(cases: Sequence[ComparedCase]) -> list[str]:
     ]
     head = "| case | implementation | measured us | predicted us | error |"
     return [head, "| --- | --- | ---: | ---: | ---: |", *rows]
+
+
+def _memory_table(cases: Sequence[MemoryCase]) -> list[str]:
+    if not cases:
+        return []
+    errors = sorted(abs(one.error) for one in cases)
+    rows = [
+        f"| `{one.case.case}` | {one.measured_bytes / GIB:.2f} | {one.predicted_bytes / GIB:.2f} | {one.error:+.1%} |"
+        for one in sorted(cases, key=lambda one: -abs(one.error))
+    ]
+    head = [
+        "## Memory",
+        "",
+        f"Tensors at the peak of a step; median error {errors[len(errors) // 2]:.1%}.",
+        "",
+        "| case | measured GiB | predicted GiB | error |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    return [*head, *rows, ""]
 
 
 def _without_prediction(unmapped: Sequence[tuple[MeasuredCase, str]], skipped: Sequence[tuple[str, str]]) -> list[str]:

@@ -69,11 +69,16 @@ def test_small_messages_alone_refuse_the_bandwidth():
 
 
 def test_records_of_the_suite_become_cases_and_skewed_ones_are_left_out(tmp_path):
-    shape = {"kind": "all_to_all", "ranks": 4, "bytes": 1048576}
+    shape = {"ranks": 4, "size": 1048576}
     records = [
+        result("collectives", "ping_pong", "forward", shape, median_s=5e-4),
+        result("collectives", "all_to_all+all_reduce", "forward", shape, median_s=2e-3),
         result("collectives", "all_to_all", "forward", shape, median_s=1e-3),
         result("collectives", "all_to_all", "forward", {**shape, "preset": "W2"}, median_s=2e-3),
         result("gemm", "gemm", "forward", {"m": 1, "n": 1, "k": 1}),
     ]
     found = link_cases(read_measurements(write_records(tmp_path / "a.jsonl", records)).cases)
-    assert found == [LinkCase("links", "all_to_all", 4, 1048576.0, 1e-3)]
+    assert found == [
+        LinkCase("links", "point_to_point", 4, 1048576.0, 5e-4),
+        LinkCase("links", "all_to_all", 4, 1048576.0, 1e-3),
+    ]

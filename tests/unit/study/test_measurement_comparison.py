@@ -136,3 +136,50 @@ def test_the_report_lists_the_worst_case_first(compared):
     text = comparison_markdown(compared(good, bad), source="a.jsonl")
     worst = text.split("## Worst 2 cases")[1]
     assert worst.index("rows=2") < worst.index("rows=1")
+
+
+STEP = {
+    "blocks": 2,
+    "vocabulary": 32000,
+    "micro_batches": 1,
+    "launch": "graph",
+    "ranks": 1,
+    "replicas": 1,
+    "batch": 1,
+    "length": 4096,
+    "heads": 32,
+    "kv_heads": 4,
+    "head_size": 128,
+    **LAYER,
+    "gated": 1,
+    "router": "top_k",
+    "dispatch": "permute",
+}
+
+
+def test_a_step_is_the_estimate_of_its_scenario_and_more_blocks_and_batches_take_longer(compared):
+    variants = [STEP, {**STEP, "blocks": 4}, {**STEP, "micro_batches": 2}, {**STEP, "launch": "eager"}]
+    cases = compared(*(result("train_step", "train_step", "step", shape) for shape in variants)).compared
+    one, blocks, batches, eager = (case.predicted_s for case in cases)
+    assert 1.5 * one < blocks < 2 * one
+    assert one < batches < 2 * one  # the update is made once
+    assert eager > one
+
+
+def test_steps_and_layers_of_one_rank_are_predicted_within_a_tenth_without_a_fit_and_their_memory_within_a_twentieth():
+    judged_by = judge("h200_sxm", "pytorch_grouped_mm_nccl", HardwareLibrary())
+    for name, suite in (("train_step", "train_step"), ("moe_layer", "moe_layer"), ("memory", "memory")):
+        file = MEASURED.with_name(f"h200_sxm_torch2.11_{name}.jsonl")
+        comparison = compare_measurements(read_measurements(file), judged_by)
+        assert comparison.by_suite()[suite].median < 0.1
+        if name == "memory":
+            assert len(comparison.memory) == 15
+            assert np.median([abs(one.error) for one in comparison.memory]) < 0.05
+            assert "## Memory" in comparison_markdown(comparison, source="m")
+
+
+def test_several_ranks_are_left_out_with_a_reason(compared):
+    gemm = result("gemm", "gemm", "forward", {"m": 64, "n": 64, "k": 64})
+    spread = result("train_step", "train_step", "step", {**STEP, "ranks": 4})
+    layer = result("moe_layer", "expert_parallel_layer", "forward", {**LAYER, "ranks": 4})
+    assert len(compared(gemm, spread, layer).unmapped) == 2
