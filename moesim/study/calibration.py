@@ -131,7 +131,7 @@ def constant_blocks(device: Device) -> tuple[FitBlock, ...]:
     return (
         FitBlock("memory_bound", _is_stream, _MEMORY),
         FitBlock("optimizer", _is_large_update, _UPDATE),
-        FitBlock("gemm", lambda case: case.suite == "gemm", gemm),
+        FitBlock("gemm", lambda case: case.suite in ("gemm", "grouped_gemm"), gemm),
         FitBlock(
             "attention", lambda case: case.suite == "attention", {"kernels.attention.compute_fraction": (0.001, 1.2)}
         ),

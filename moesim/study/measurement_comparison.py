@@ -186,8 +186,9 @@ def compare_measurements(measurements: Measurements, judged_by: Judge, *, source
         remedy = "compare single-device suites; collectives and links are fitted by moesim calibrate"
         raise FormatError([Problem("E-FMT-014", message, remedy, source or None)])
     names = (judged_by.device.id, judged_by.stack.id)
-    parts = (tuple(compared), tuple(unmapped), measurements.skipped, tuple(held))
-    return Comparison(*names, measurements.device_names, *parts)
+    return Comparison(
+        *names, measurements.device_names, tuple(compared), tuple(unmapped), measurements.skipped, tuple(held)
+    )
 
 
 def operation_times_s(mapped: Sequence[MappedCase], judged_by: Judge) -> list[FloatArray]:
