@@ -126,7 +126,7 @@ def _fit(
     is_half: bool,
     source: str,
 ) -> CalibrationResult:
-    from moesim.study.calibration import at_values, host_times, is_fit_half
+    from moesim.study.calibration import at_values, grouped_fraction, host_times, is_fit_half
     from moesim.study.calibration import calibrate as fit_device
     from moesim.study.calibration_report import CalibrationResult
     from moesim.study.kernel_calibration import fit_attention_kernels, measured_elementwise
@@ -143,9 +143,11 @@ def _fit(
     refused = {} if links else {"links": "no collectives among the cases"}
     if not any(case.suite == "overlap" for case in cases):
         refused["overlap"] = "no suite overlap among the cases"
-    overlap = hidden_shares(cases)
+    overlap, grouped = hidden_shares(cases), grouped_fraction(chosen, fitted)
     elementwise = measured_elementwise(chosen, fitted, source=f"{source}: medians over shapes")
-    return CalibrationResult(calibration, kernels, fit_links(links), host_times(chosen), refused, elementwise, overlap)
+    return CalibrationResult(
+        calibration, kernels, fit_links(links), host_times(chosen), refused, elementwise, overlap, grouped
+    )
 
 
 def _write(result: CalibrationResult, library: HardwareLibrary, profile: str, out: Path, source: str) -> None:
@@ -182,16 +184,23 @@ def _write(result: CalibrationResult, library: HardwareLibrary, profile: str, ou
 
 def _write_stack(result: CalibrationResult, library: HardwareLibrary, stack: str, out: Path) -> None:
     """Write the stack's profile with the launch times and element-wise kernels that were measured."""
-    from moesim.describe.quantities import DurationFigure
+    from moesim.describe.quantities import DurationFigure, Figure, NumberFigure
     from moesim.formats.profile_files import write_profile
 
     base = library.path("stacks", stack)
     assert base is not None
-    figures = {
+    figures: dict[str, Figure] = {
         f"launch.{name}": DurationFigure(value=seconds, kind="fitted", source="moesim calibrate", error_fraction=0.2)
         for name, seconds in result.host.items()
         if name in ("kernel_launch_time", "host_synchronisation_time")
     }
+    if result.grouped_fraction is not None:
+        figures["gemm_compute_fraction"] = NumberFigure(
+            value=result.grouped_fraction,
+            kind="fitted",
+            source="moesim calibrate: grouped products over GEMMs",
+            error_fraction=0.1,
+        )
     fields: dict[str, Any] = {"name": f"{library.stack(stack).name}, calibrated"}
     if result.elementwise is not None:
         fields["elementwise"] = result.elementwise.model_dump()

@@ -131,7 +131,7 @@ def constant_blocks(device: Device) -> tuple[FitBlock, ...]:
     return (
         FitBlock("memory_bound", _is_stream, _MEMORY),
         FitBlock("optimizer", _is_large_update, _UPDATE),
-        FitBlock("gemm", lambda case: case.suite in ("gemm", "grouped_gemm"), gemm),
+        FitBlock("gemm", lambda case: case.suite == "gemm", gemm),
         FitBlock(
             "attention", lambda case: case.suite == "attention", {"kernels.attention.compute_fraction": (0.001, 1.2)}
         ),
@@ -264,3 +264,19 @@ def host_times(cases: Sequence[MeasuredCase]) -> dict[str, float]:
         names[case.operation]: case.median_s for case in cases if case.suite == "launch" and case.operation in names
     }
     return dict(sorted(found.items()))
+
+
+def grouped_fraction(cases: Sequence[MeasuredCase], judge: Judge) -> float | None:
+    """Rate of a stack's grouped products over that of the device's GEMMs: median over cases, at most 1.
+
+    None where no case shows it, or where the device has a surface of grouped products, which knows.
+    """
+    chosen = [
+        case
+        for case in cases
+        if case.suite == "grouped_gemm" and case.text("method") != "loop" and case.pass_name != "wgrad"
+    ]
+    if not chosen or judge.surfaces.moe is not None:
+        return None
+    ratios = _log_ratios(chosen, [map_case(case, judge.stack) for case in chosen], judge)
+    return float(min(np.exp(np.median(ratios)), 1.0))

@@ -23,7 +23,8 @@ class CalibrationResult:
     """Everything one run of ``moesim calibrate`` found.
 
     ``host`` has launch and synchronisation times of the software, ``refused`` what no case was there for,
-    ``elementwise`` the stack's kernels where the cases show them, ``overlap`` what hides beside compute.
+    ``elementwise`` the stack's kernels where the cases show them, ``overlap`` what hides beside compute,
+    ``grouped_fraction`` the rate of grouped products over that of GEMMs.
     """
 
     calibration: Calibration | None
@@ -33,6 +34,7 @@ class CalibrationResult:
     refused: dict[str, str]
     elementwise: ElementwiseKernels | None = None
     overlap: Sequence[HiddenShare] = ()
+    grouped_fraction: float | None = None
 
     def parts(self) -> list[tuple[str, RobustFit, FloatArray]]:
         """Name, fit and held-out log errors of every block."""
@@ -54,6 +56,7 @@ class CalibrationResult:
             "schema_version": 1,
             "blocks": [_block_json(*part) for part in self.parts()],
             "host_s": self.host,
+            "grouped_fraction": self.grouped_fraction,
             "overlap": [
                 {"collective": one.collective, "hidden_share": one.share, "standard_error": one.standard_error}
                 for one in self.overlap
