@@ -13,7 +13,7 @@ from moesim.cost.attention_surface import attention_half_widths
 from moesim.cost.collectives import fabric_rates
 from moesim.cost.efficiency_surfaces import device_rates
 from moesim.cost.fitted_surfaces import NORMAL_QUANTILE, FittedSurfaces
-from moesim.cost.operators import Hardware, price_all
+from moesim.cost.operators import Hardware
 from moesim.cost.state_costs import update_time_s
 from moesim.cost.surface_transfer import device_surfaces
 from moesim.cost.uncertainty import LEVEL, figure_error
@@ -23,6 +23,7 @@ from moesim.errors import FormatError, Problem, ScenarioError
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import AttentionCore, Gemm, Operation
 from moesim.study.compared_cases import ComparedCase, ErrorStatistics, MemoryCase, error_statistics
+from moesim.study.kernel_pricing import operation_seconds
 from moesim.study.measured_cases import MeasuredCase, Measurements
 from moesim.study.measured_operations import MappedCase, UnmappableCaseError, map_case
 from moesim.study.step_comparison import alone, step_comparison
@@ -210,9 +211,9 @@ def operation_times_s(mapped: Sequence[MappedCase], judged_by: Judge) -> list[Fl
             if (one.is_in_step, one.attention_library) == (is_in_step, library)
             for index in range(len(one.operations))
         ]
-        costs = price_all([mapped[case].operations[index] for case, index in places], hardware)
-        for (case, index), cost in zip(places, costs, strict=True):
-            times[case][index] = float(cost.time_s[0] + cost.extra_s[0])
+        seconds = operation_seconds([mapped[case].operations[index] for case, index in places], hardware)
+        for (case, index), time_s in zip(places, seconds.tolist(), strict=True):
+            times[case][index] = time_s
     return times
 
 
