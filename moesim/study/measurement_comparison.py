@@ -16,7 +16,7 @@ from moesim.cost.fitted_surfaces import NORMAL_QUANTILE, FittedSurfaces
 from moesim.cost.operators import Hardware
 from moesim.cost.state_costs import update_time_s
 from moesim.cost.surface_transfer import device_surfaces
-from moesim.cost.uncertainty import LEVEL, figure_error
+from moesim.cost.uncertainty import LEVEL, MEASURED_PASSES_ERROR, figure_error
 from moesim.describe.hardware import Device, Stack
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.errors import FormatError, Problem, ScenarioError
@@ -237,8 +237,10 @@ def _half_width(mapping: MappedCase, time_s: FloatArray, judged_by: Judge) -> fl
     A single GEMM or attention call has the width that its surface shows at its time, twice that in a pass on which
     the surface was not fitted; sums of kernels have the surfaces' overall errors, in a step with those of the clock.
     """
-    if len(mapping.operations) == 1 and (width := _surface_width(mapping.operations[0], float(time_s[0]), judged_by)):
-        return width
+    if len(mapping.operations) == 1:
+        width = _surface_width(mapping.operations[0], float(time_s[0]), judged_by, mapping.attention_library)
+        if width > 0:
+            return width
     classes = _class_errors(judged_by, is_in_step=mapping.is_in_step)
     if mapping.updated_bytes:
         return NORMAL_QUANTILE * classes["update"]
@@ -270,14 +272,16 @@ def _class_errors(judged_by: Judge, *, is_in_step: bool) -> dict[str, float]:
         clock = figure_error(device.sustained_clock_fraction)
         stack = figure_error(judged_by.stack.gemm_compute_fraction)
         errors = {name: math.hypot(error, clock, stack) for name, error in errors.items()}
-    memory = device.kernels.memory_bound
-    errors["memory"] = figure_error(memory.memory_fraction)
+    memory, elementwise = device.kernels.memory_bound, judged_by.stack.elementwise
+    errors["memory"] = math.hypot(
+        figure_error(memory.memory_fraction), MEASURED_PASSES_ERROR if elementwise is not None else 0.0
+    )
     errors["update"] = figure_error(memory.update_fraction or memory.memory_fraction)
     return errors
 
 
-def _surface_width(operation: Operation, time_s: float, judged_by: Judge) -> float:
-    """Half width that a surface states at a time; 0 where none does."""
+def _surface_width(operation: Operation, time_s: float, judged_by: Judge, library: str) -> float:
+    """Half width that a surface, or a kernel of an attention library, states at a time; 0 where none does."""
     surfaces, work = judged_by.surfaces, operation.work
     factor = 1.0 if operation.phase == "forward" else EXTRAPOLATION_FACTOR
     if isinstance(work, Gemm) and not work.is_ragged and surfaces.gemm is not None:
@@ -287,6 +291,10 @@ def _surface_width(operation: Operation, time_s: float, judged_by: Judge) -> flo
         if not inside:
             factor = EXTRAPOLATION_FACTOR
         return factor * float(surfaces.gemm.half_width(time_s, is_aligned))
+    if isinstance(work, AttentionCore):
+        kernel = surfaces.attention_kernels.get((library, "backward" if work.is_backward else "forward"))
+        if kernel is not None:
+            return float(attention_half_widths(kernel, np.array(time_s)))
     if isinstance(work, AttentionCore) and surfaces.attention is not None:
         return factor * float(attention_half_widths(surfaces.attention, np.array(time_s)))
     return 0.0
