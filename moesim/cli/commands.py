@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moesim.cli import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_TOLERANCE
+from moesim.cli.calibration_commands import calibrate as calibrate_command
 from moesim.cli.collective_commands import network as network_command
 from moesim.cli.collective_validation_commands import validate_collectives_command
+from moesim.cli.comparison_commands import compare as compare_command
 from moesim.cli.network_commands import topology_commands
 from moesim.cli.simulate_commands import simulate as simulate_command
 from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
@@ -41,6 +43,8 @@ application.add_typer(hardware_commands, name="hardware")
 application.add_typer(chart_commands, name="chart")
 application.command(name="network")(network_command)
 application.command(name="simulate")(simulate_command)
+application.command(name="compare")(compare_command)
+application.command(name="calibrate")(calibrate_command)
 application.add_typer(topology_commands, name="topology")
 
 ScenarioArgument = Annotated[str, typer.Argument(help="Scenario file, or the name of a shipped scenario.")]

@@ -27,6 +27,9 @@ class DeviceRates:
     ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at
     ``clock_in_step`` of the clock they were measured at and at ``gemm_in_step``, which is that times what a stack
     reaches in a step of a GEMM's rate alone; else ``gemm`` and ``attention`` fractions do, which include both.
+    ``accumulation_fraction`` of the bandwidth serves outputs that are added to, None as any other.
+    ``attention_library`` chooses among the surfaces' attention kernels. ``update_fraction`` of the bandwidth serves
+    optimizers, None as other traffic.
     """
 
     peak: dict[str, float]
@@ -41,6 +44,9 @@ class DeviceRates:
     compute_units: float
     clock_in_step: float = 1.0
     gemm_in_step: float = 1.0
+    accumulation_fraction: float | None = None
+    attention_library: str | None = None
+    update_fraction: float | None = None
     surfaces: FittedSurfaces = NO_SURFACES
 
     @property
@@ -68,11 +74,21 @@ class DeviceRates:
         return 2.0 * self.compute_units * MINIMUM_TILE_CELLS / (peak * self.gemm_fraction)
 
 
-def device_rates(device: Device, stack: Stack | None = None, *, surfaces: FittedSurfaces | None = None) -> DeviceRates:
-    """Gather a device's figures; a stack scales the GEMM rate, without one the device alone is meant."""
-    clock = device.sustained_clock_fraction.value if stack else 1.0
+def device_rates(
+    device: Device,
+    stack: Stack | None = None,
+    *,
+    surfaces: FittedSurfaces | None = None,
+    is_sustained: bool = False,
+) -> DeviceRates:
+    """Gather a device's figures; a stack scales the GEMM rate, without one the device alone is meant.
+
+    ``is_sustained``: kernels alone, but one after another without a pause, at the clock that heat and power leave.
+    """
+    clock = device.sustained_clock_fraction.value if stack or is_sustained else 1.0
     gemm, memory = device.kernels.gemm, device.kernels.memory_bound
     in_step = stack.gemm_compute_fraction.value if stack else 1.0
+    elementwise = stack.elementwise_fraction.value if stack and stack.elementwise_fraction else 1.0
     return DeviceRates(
         peak={precision: figure.value for precision, figure in device.peak_flop_rate.items()},
         gemm_fraction=min(gemm.compute_fraction.value * clock * in_step, 1.0),
@@ -81,11 +97,14 @@ def device_rates(device: Device, stack: Stack | None = None, *, surfaces: Fitted
         gemm_fixed_s=gemm.fixed_time.value,
         attention_fraction=min(device.kernels.attention.compute_fraction.value * clock, 1.0),
         memory_bandwidth=device.memory_bandwidth.value,
-        traffic_fraction=memory.memory_fraction.value,
+        traffic_fraction=memory.memory_fraction.value * elementwise,
         traffic_fixed_s=memory.fixed_time.value,
         compute_units=device.compute_units.value,
         gemm_in_step=in_step * clock,
         clock_in_step=clock,
+        accumulation_fraction=gemm.accumulation_fraction.value if gemm.accumulation_fraction else None,
+        attention_library=stack.attention_library if stack else None,
+        update_fraction=memory.update_fraction.value if memory.update_fraction else None,
         surfaces=surfaces or NO_SURFACES,
     )
 

@@ -11,10 +11,10 @@ from moesim.cost.collectives import collective_time
 from moesim.cost.efficiency_surfaces import OVERLAP_EXPONENT, ROW_GRANULARITY, DeviceRates
 from moesim.cost.gemm_surface import GemmSurface, are_same_figures, core_parts, grid_value
 from moesim.cost.kernel_times import (
+    attention_kernel,
     attention_shapes,
     attention_surface_in_step,
     extra_output_bytes,
-    forward_calls,
     gemm_machine,
     gemm_surface_in_step,
     moe_machine,
@@ -174,7 +174,9 @@ def _four_constant_gemm(work: Gemm, rates: DeviceRates) -> Explanation:
     return Explanation(GEMM_FORMULA, _norm(f"{rates.gemm_fixed_s:.12g}", compute, memory))
 
 
-def _surface_attention(work: AttentionCore, rates: DeviceRates, surface: AttentionTimeSurface) -> Explanation:
+def _surface_attention(
+    work: AttentionCore, rates: DeviceRates, surface: AttentionTimeSurface, calls: float
+) -> Explanation:
     at_device = attention_surface_in_step(surface, rates, work.precision)
     every = attention_shapes(work)
     shapes = AttentionShapes(*_first(every.batch, every.sequence, every.heads, every.kv_heads, every.head_size))
@@ -193,13 +195,15 @@ def _surface_attention(work: AttentionCore, rates: DeviceRates, surface: Attenti
     kernel = f"({numbers.fixed_s:.15g} + {norm} + {float(parts.around_s):.15g}) * {residual:.15g}"
     at_peak = f"{float(shapes.flops):.15g} / {at_device.peak_flop_per_s:.15g}"
     floors = f"{at_peak}, {moved:.15g} / {at_device.memory_bytes_per_s:.15g}"
-    return Explanation(SURFACE_ATTENTION_FORMULA, f"max({kernel}, {floors}) * {forward_calls(work):.15g}")
+    return Explanation(SURFACE_ATTENTION_FORMULA, f"max({kernel}, {floors}) * {calls:.15g}")
 
 
 def _attention(work: AttentionCore, hardware: Hardware, kernels: int) -> Explanation:
     rates = hardware.device
-    if rates.surfaces.attention is not None and work.prefill is not None:
-        return _surface_attention(work, rates, rates.surfaces.attention)
+    if work.prefill is not None:
+        surface, calls = attention_kernel(work, rates)
+        if surface is not None:
+            return _surface_attention(work, rates, surface, calls)
     pairs, heads, elements = (float(np.ravel(x)[0]) for x in (work.pairs, work.heads, work.io_elements))
     flops = f"2 * {pairs:.12g} * {heads:.12g} * {work.matmul_width:.12g} * {work.visible_fraction:g}"
     compute = f"{flops} / ({rates.peak_for(work.precision):.12g} * {rates.attention_fraction:.12g})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moesim.cost.attention_surface import AttentionTimeSurface
@@ -34,13 +34,15 @@ class SurfaceRecord:
 class FittedSurfaces:
     """Surfaces of one device; None where it has none and the four-constant forms price.
 
-    ``records`` has one entry for each surface there is.
+    ``records`` has one entry for each surface there is. ``attention_kernels`` are single kernels by library and pass
+    (``cudnn``, ``backward``), which go before the surface where a stack names their library.
     """
 
     gemm: GemmSurface | None = None
     attention: AttentionTimeSurface | None = None
     moe: MoeTimeSurface | None = None
     records: tuple[tuple[SurfaceOperator, SurfaceRecord], ...] = ()
+    attention_kernels: Mapping[tuple[str, str], AttentionTimeSurface] = field(default_factory=dict)
 
 
 NO_SURFACES = FittedSurfaces()

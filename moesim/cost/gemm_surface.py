@@ -22,6 +22,8 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 CHUNK = 64
 """Length of k one iteration of the main loop covers; also the alignment of n and k."""
 ELEMENT_BYTES = 2.0
+COPIED_ELEMENTS = 8
+"""Elements of 16 bytes: what a row must be a multiple of for wide copies."""
 FEW_SIZES = 1024
 """Sizes up to which all tiles are tried at once: many calls on small arrays would cost more than the arithmetic."""
 FIGURE_TOLERANCE = 1e-3
@@ -120,7 +122,8 @@ class GemmSurface:
     """GEMM times of a device: formula × residual grid × misalignment.
 
     ``penalty_n`` and ``penalty_k``, both >= 1, apply where n or k is not a multiple of 64; such shapes have a spread of
-    their own.
+    their own. ``penalty_unaligned`` goes before them where rows of n or k elements are no multiples of 16 bytes, which
+    the copy engines of a GPU need.
     """
 
     machine: GemmMachine
@@ -131,6 +134,7 @@ class GemmSurface:
     domain: Domain
     spread: Spread
     misaligned_spread: Spread
+    penalty_unaligned: float = 1.0
 
     def time_s(
         self,
@@ -179,9 +183,11 @@ class GemmSurface:
         return np.asarray(np.maximum(time_s, flops / used.peak_flop_rate) * (flops > 0))
 
     def misalignment(self, n: npt.ArrayLike, k: npt.ArrayLike) -> FloatArray:
-        """Penalty >= 1 on the time where n or k is no multiple of 64."""
+        """Penalty >= 1 on the time where n or k is no multiple of 64, or of 8."""
         penalty_n = np.where(np.mod(n, CHUNK) != 0, self.penalty_n, 1.0)
-        return np.asarray(penalty_n * np.where(np.mod(k, CHUNK) != 0, self.penalty_k, 1.0))
+        penalty = penalty_n * np.where(np.mod(k, CHUNK) != 0, self.penalty_k, 1.0)
+        is_unaligned = (np.mod(n, COPIED_ELEMENTS) != 0) | (np.mod(k, COPIED_ELEMENTS) != 0)
+        return np.asarray(np.where(is_unaligned, np.maximum(penalty, self.penalty_unaligned), penalty))
 
     def half_width(self, time_s: npt.ArrayLike, is_aligned: npt.ArrayLike = True) -> FloatArray:
         """Half width of the interval: the measured time lies in ``time_s`` × exp(± half width)."""

@@ -43,4 +43,6 @@ def host_step_time_s(parameter_tensors: FloatArray, launch: LaunchBehaviour) -> 
     """Host time once per step: the loop around it, and the optimizer's operations for each parameter tensor."""
     step = launch.step_time.value if launch.step_time is not None else 0.0
     operation = launch.operation_time.value if launch.operation_time is not None else 0.0
-    return step + parameter_tensors * (OPERATIONS_PER_PARAMETER_TENSOR * operation)
+    known = launch.parameter_tensor_operations
+    per_tensor = OPERATIONS_PER_PARAMETER_TENSOR if known is None else known
+    return step + parameter_tensors * (per_tensor * operation)

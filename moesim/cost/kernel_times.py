@@ -116,8 +116,10 @@ def extra_output_bytes(work: Gemm) -> float:
 
 
 def output_rate(work: Gemm, rates: DeviceRates) -> float:
-    """Bytes per second of that: the memory bandwidth times the fraction of the surface that prices the GEMM."""
+    """Bytes per second of that: the memory bandwidth times the fraction of sums, or of the surface that prices it."""
     moe, gemm = rates.surfaces.moe, rates.surfaces.gemm
+    if work.accumulates and rates.accumulation_fraction is not None:
+        return rates.memory_bandwidth * rates.accumulation_fraction
     if work.is_ragged and moe is not None:
         return rates.memory_bandwidth * moe.parameters.memory_fraction
     assert gemm is not None
@@ -203,11 +205,21 @@ def attention_surface_in_step(
     return attention_surface_at(slowed, figures)
 
 
-def forward_calls(work: AttentionCore) -> float:
-    """Causal forward calls a core takes as long as: products over the forward pass's, twice without a mask."""
+def attention_kernel(work: AttentionCore, rates: DeviceRates) -> tuple[AttentionTimeSurface | None, float]:
+    """Surface that prices a prefill core, and how many of its calls the core takes as long as.
+
+    A kernel of the stack's library, of the pass itself, where the device has one; else the surface of the forward
+    pass, at :data:`~moesim.structure.lowering_layers.FLASH_BACKWARD_MATMULS_OVER_FORWARD` calls backward. Without a
+    mask there are twice as many pairs.
+    """
     prefill = work.prefill
     assert prefill is not None
-    return work.matmul_width / (2.0 * prefill.head_size) * (work.visible_fraction / CAUSAL_SHARE)
+    unmasked = work.visible_fraction / CAUSAL_SHARE
+    key = (rates.attention_library or "", "backward" if work.is_backward else "forward")
+    kernel = rates.surfaces.attention_kernels.get(key)
+    if kernel is not None:
+        return kernel, unmasked
+    return rates.surfaces.attention, work.matmul_width / (2.0 * prefill.head_size) * unmasked
 
 
 def attention_core_s(work: AttentionCore, rates: DeviceRates, kernels: int) -> FloatArray:
@@ -229,16 +241,16 @@ def attention_core_s(work: AttentionCore, rates: DeviceRates, kernels: int) -> F
 
     Notes
     -----
-    Prefill and training by a flash kernel: the attention surface of the causal forward pass, times
-    :func:`forward_calls`: 2.5 for the backward pass, whose products are five to the forward pass's two, until
-    backward kernels are measured. Decoding, stored scores, and devices without a surface:
-    t0 kernels + ||FLOPs / (P fraction), bytes / (B fraction)||_p.
+    Prefill and training by a flash kernel: :func:`attention_kernel`; 2.5 forward calls of the surface for a backward
+    pass without a kernel of its own, whose products are five to the forward pass's two. Decoding, stored scores, and
+    devices without a surface: t0 kernels + ||FLOPs / (P fraction), bytes / (B fraction)||_p.
     """
-    surface = rates.surfaces.attention
     has_work = work.pairs * work.heads > 0
-    if surface is not None and work.prefill is not None:
+    if rates.surfaces.attention is not None and work.prefill is not None:
+        surface, calls = attention_kernel(work, rates)
+        assert surface is not None
         at_device = attention_surface_in_step(surface, rates, work.precision)
-        return attention_time_s(at_device, attention_shapes(work)) * forward_calls(work) * has_work
+        return attention_time_s(at_device, attention_shapes(work)) * calls * has_work
     flops = 2.0 * work.pairs * work.heads * (work.matmul_width * work.visible_fraction)
     compute_s = flops / (rates.peak_for(work.precision) * rates.attention_fraction)
     memory_s = work.io_elements * work.element_bytes / (rates.memory_bandwidth * rates.traffic_fraction)

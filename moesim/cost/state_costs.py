@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from moesim.cost.collectives import collective_time
 from moesim.cost.communication_libraries import CollectiveTime
+from moesim.cost.efficiency_surfaces import DeviceRates
 from moesim.cost.host_times import host_step_time_s
 from moesim.cost.operators import Hardware
 from moesim.cost.segment_times import reduction_loss
 from moesim.describe.hardware import Device
 from moesim.describe.quantities import PRECISION_BYTES
-from moesim.describe.scenario import Scenario
+from moesim.describe.scenario import Optimizer, Precisions, Scenario
 from moesim.structure.chunk_placement import placement_name
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.lowering import LoweringContext
@@ -192,13 +193,29 @@ def _optimizer(
     if optimizer.offload == "optimizer":
         seconds = local * max(gradient, stored) / device.host_link_bandwidth.value
         return seconds, seconds
+    num_bytes = local * update_bytes(precision, optimizer)
+    return update_time_s(num_bytes, hardware.device), num_bytes / hardware.device.memory_bandwidth
+
+
+def update_time_s(num_bytes: FloatArray, rates: DeviceRates) -> FloatArray:
+    """Time of an update in one kernel: t0 + bytes / (bandwidth fraction)."""
+    fraction = rates.update_fraction or rates.traffic_fraction
+    return OPTIMIZER_KERNELS * rates.traffic_fixed_s + num_bytes / (rates.memory_bandwidth * fraction)
+
+
+def update_bytes(precision: Precisions, optimizer: Optimizer) -> float:
+    """Bytes that the update of one parameter reads and writes on the device.
+
+    Examples
+    --------
+    >>> update_bytes(Precisions(compute="bf16", parameters="bf16"), Optimizer(kind="adam"))  # 4 + 2 + 8 + 16
+    30.0
+    """
+    gradient, stored = PRECISION_BYTES[precision.gradients], PRECISION_BYTES[precision.parameters]
     state = 2.0 * unfactored_moments(optimizer) * PRECISION_BYTES[optimizer.state]
     master = 2.0 * PRECISION_BYTES[precision.master]
     extra_reads = gradient if optimizer.kind == "adafactor" else 0.0
-    num_bytes = local * (gradient + extra_reads + stored + master + state)
-    rates = hardware.device
-    ideal = num_bytes / rates.memory_bandwidth
-    return OPTIMIZER_KERNELS * rates.traffic_fixed_s + ideal / rates.traffic_fraction, ideal
+    return gradient + extra_reads + stored + master + state
 
 
 def hop_message(columns: Columns, context: LoweringContext) -> Collective:

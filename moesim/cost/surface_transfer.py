@@ -230,12 +230,44 @@ def gemm_surface_for(device: Device, library: HardwareLibrary) -> tuple[GemmSurf
         Where it comes from.
     """
     document, source, origin, rules = _source("gemm", device, library)
+    unaligned = device.kernels.gemm.unaligned_slowdown
+    penalty = unaligned.value if unaligned else 1.0
     if origin.is_own:
-        return gemm_surface_from_json(document), origin
+        return replace(gemm_surface_from_json(document), penalty_unaligned=penalty), origin
     anchors, machine = device_anchors(device), _machine_like(device, source)
     surface = carried_gemm_surface(document, machine, anchors, is_same_generation=origin.is_same_generation)
     spread = rules.intervals["gemm"][origin.relation]
-    return replace(surface, spread=spread, misaligned_spread=spread), origin
+    return replace(surface, spread=spread, misaligned_spread=spread, penalty_unaligned=penalty), origin
+
+
+def attention_kernels_for(device: Device, library: HardwareLibrary) -> dict[tuple[str, str], AttentionTimeSurface]:
+    """Single attention kernels by library and pass: the device's own, or those of one of its generation.
+
+    Parameters
+    ----------
+    device : Device
+        Its profile.
+    library : HardwareLibrary
+        Where they come from.
+
+    Returns
+    -------
+    dict
+        Surfaces without grids at the device's figures; empty where none of the generation was measured.
+    """
+    operator = "flash_kernels"
+    sources = list(dict.fromkeys([device.id, device.surface_device or device.id]))
+    sources += [name for name in library.surface_devices(operator) if name not in sources]
+    for name in sources:
+        document = library.surface(operator, name)
+        if document is None or library.device(name).generation != device.generation:
+            continue
+        machine, kernels = kernel_machine(device), {}
+        for one in document["kernels"]:
+            surface = attention_surface_from_document({**document, **one})  # type: ignore[typeddict-item]
+            kernels[str(one["library"]), str(one["pass"])] = attention_surface_at(surface, machine)
+        return kernels
+    return {}
 
 
 def attention_surface_for(device: Device, library: HardwareLibrary) -> tuple[AttentionTimeSurface, SurfaceOrigin]:
@@ -297,7 +329,7 @@ def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
     )
     records = []
     for operator, (origin, fraction, half_widths) in zip(SURFACE_OPERATORS, carried, strict=True):
-        document = library.surface(operator, device.id)
+        document = library.surface(operator, device.surface_device or device.id)
         record = SurfaceRecord(
             kind=origin.kind,
             source=f"carried over from {origin.device}; error of predicting each measured device from the others",
@@ -305,7 +337,7 @@ def device_surfaces(device: Device, library: HardwareLibrary) -> FittedSurfaces:
             error_fraction=float(np.asarray(half_widths, dtype=np.float64).mean()) / NORMAL_QUANTILE,
         )
         records.append((operator, fitted_record(operator, document) if document else record))
-    return FittedSurfaces(gemm, attention, moe, tuple(records))
+    return FittedSurfaces(gemm, attention, moe, tuple(records), attention_kernels_for(device, library))
 
 
 def _interval(spread: Spread) -> dict[str, Any]:
@@ -316,7 +348,7 @@ def _source(
     operator: str, device: Device, library: HardwareLibrary
 ) -> tuple[dict[str, Any], Device, SurfaceOrigin, TransferRules]:
     rules = transfer_rules(library.transfer_document())
-    document = library.surface(operator, device.id)
+    document = library.surface(operator, device.surface_device or device.id)
     if document is not None:
         return document, device, SurfaceOrigin(device.id, True, True), rules
     measured = [rules.measured.get(name) or lender(library.device(name)) for name in library.surface_devices(operator)]

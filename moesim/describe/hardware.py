@@ -33,12 +33,17 @@ class GemmSurface(Description):
 
     ``compute_fraction`` of peak reached by a long, large GEMM; ``memory_fraction`` of the memory bandwidth;
     ``prologue_length`` the start and end of a main loop as an equivalent length of k; ``fixed_time`` per kernel.
+    ``accumulation_fraction`` of the memory bandwidth at which an output in fp32 is read, added to and written;
+    null as other outputs. ``unaligned_slowdown`` is the time of a GEMM with rows that are not whole multiples of 16
+    bytes over that of an aligned one; null where it is unknown.
     """
 
     compute_fraction: NumberFigure
     memory_fraction: NumberFigure
     prologue_length: NumberFigure
     fixed_time: DurationFigure
+    accumulation_fraction: NumberFigure | None = None
+    unaligned_slowdown: NumberFigure | None = None
 
 
 class AttentionSurface(Description):
@@ -48,10 +53,14 @@ class AttentionSurface(Description):
 
 
 class MemoryBoundSurface(Description):
-    """Constants of element-wise kernels: achieved fraction of the memory bandwidth and time per kernel."""
+    """Constants of element-wise kernels: achieved fraction of the memory bandwidth and time per kernel.
+
+    ``update_fraction`` is that of an optimizer, which reads and writes several tensors in place; null as others.
+    """
 
     memory_fraction: NumberFigure
     fixed_time: DurationFigure
+    update_fraction: NumberFigure | None = None
 
 
 class KernelSurfaces(Description):
@@ -63,7 +72,11 @@ class KernelSurfaces(Description):
 
 
 class Device(Description):
-    """One device as the framework counts it (a core on TPU v2/v3, a GCD on MI250X, else a chip)."""
+    """One device as the framework counts it (a core on TPU v2/v3, a GCD on MI250X, else a chip).
+
+    ``surface_device`` is the device whose fitted surfaces are this one's as well: a calibrated profile keeps those of
+    the profile it started from.
+    """
 
     schema_version: Literal[1]
     id: Identifier
@@ -83,6 +96,7 @@ class Device(Description):
     power: PowerFigure | None = None
     price: PriceFigure | None = None
     kernels: KernelSurfaces
+    surface_device: Identifier | None = None
     notes: str = ""
 
 
@@ -214,6 +228,8 @@ class LaunchBehaviour(Description):
     null where no framework stands between, so that each kernel costs its launch. ``loops_over_experts``: grouped GEMMs
     and their casts are issued expert by expert, a launch each. ``step_time`` is spent once per step on the loop around
     it (batch, optimizer, clipping, logging); ``cuda_graphs`` lists what is replayed instead of issued.
+    ``parameter_tensor_operations`` of the framework per tensor and step, null as Megatron-Core's; 0 where one fused
+    update takes all tensors.
     ``expert_message_time`` is what each message between a rank and one expert costs where rows are exchanged expert by
     expert, each peer on its own; null where one all-to-all does it.
     """
@@ -221,6 +237,7 @@ class LaunchBehaviour(Description):
     kernel_launch_time: DurationFigure
     operation_time: DurationFigure | None = None
     step_time: DurationFigure | None = None
+    parameter_tensor_operations: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, strict=True)] | None = None
     loops_over_experts: Flag = False
     expert_message_time: DurationFigure | None = None
     cuda_graphs: list[GraphedPart] = []
@@ -325,6 +342,39 @@ class ScorePasses(Description):
     source: Annotated[str, Field(min_length=3)]
 
 
+Passes = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)]
+
+
+class KernelPasses(Description):
+    """Passes over a kernel's elements that take as long as it does at the device's streaming rate."""
+
+    forward: Passes
+    backward: Passes
+
+
+class ElementwiseKernels(Description):
+    """How often a stack's kernels go over what they work on, where it was measured.
+
+    ``norm`` and ``residual`` over tokens times width, ``activation`` (gated) over rows times inner size, ``permute``
+    and ``unpermute`` over routed rows, ``router_cast`` over tokens where the router's scores are wider than
+    activations, ``router_choice`` over scores. A kernel that does not reach the streaming rate counts as more passes.
+    ``sort_kernels`` are short kernels in a row that take as long as sorting the choices by expert.
+    ``expert_gradient_bytes`` moved for one weight of an expert where its gradient is added to the sum in fp32 by a
+    kernel of its own, at the streaming rate; null where the product does it.
+    """
+
+    norm: KernelPasses
+    residual: KernelPasses
+    activation: KernelPasses
+    permute: KernelPasses
+    unpermute: KernelPasses
+    router_cast: KernelPasses
+    router_choice: KernelPasses
+    sort_kernels: NonNegativeCount
+    expert_gradient_bytes: Passes | None = None
+    source: Annotated[str, Field(min_length=3)]
+
+
 class CompilerBehaviour(Description):
     """What a compiler makes of shapes: XLA lays arrays out in tiles whose minor dimension has ``lane_width`` entries.
 
@@ -356,7 +406,9 @@ class Stack(Description):
     """A named software stack: framework, kernels and collective library of one era.
 
     ``quantised_expert_slowdown`` is the time of its 8-bit (or narrower) expert GEMMs over that of the device's formulas
-    at the peak of that precision, where it is known.
+    at the peak of that precision, where it is known. ``elementwise_fraction`` of the device's streaming rate is what
+    its element-wise kernels reach in a step; null as streams, with the passes of ``elementwise``. ``attention_library``
+    names kernels measured by themselves, where a device has them (``surfaces/flash_kernels_*.json``).
     """
 
     schema_version: Literal[1]
@@ -365,9 +417,12 @@ class Stack(Description):
     launch: LaunchBehaviour
     dispatch: Literal["one_hot_einsum", "permute", "fused"]
     attention_kernel: Literal["flash", "materialised"]
+    attention_library: Identifier | None = None
     score_passes: ScorePasses | None = None
     compiler: CompilerBehaviour | None = None
     fuses_elementwise: Flag
+    elementwise: ElementwiseKernels | None = None
+    elementwise_fraction: NumberFigure | None = None
     gemm_compute_fraction: NumberFigure
     quantised_expert_slowdown: NumberFigure | None = None
     collective_library: Identifier

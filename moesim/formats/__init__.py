@@ -1,1 +1,1 @@
-"""Files other programs read: one module per format, each with what writes it and what reads it."""
+"""Files that other programs write or read: measured records, logs, traces; one module per format."""

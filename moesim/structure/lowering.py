@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesim.describe.hardware import Stack
+from moesim.describe.hardware import KernelPasses, Stack
 from moesim.describe.model import Model
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import DEFAULT_RECOMPUTE_MODULES, RecomputeModule, Scenario
@@ -302,13 +302,34 @@ def norm_and_residual(context: LoweringContext, name: str, tokens: FloatArray, b
     (2) and dropout (3) are kernels of their own.
     """
     elements = tokens / context.sequence_shard() * (context.model.hidden_size * blocks)
-    if context.stack.fuses_elementwise:
+    measured = context.stack.elementwise
+    if context.stack.fuses_elementwise or measured is not None:
         kernels = (round(blocks), round(blocks))
-        norm = traffic(context, f"{name}.norm", "memory_bound", elements, passes=(2, 3), kernels=kernels)
-        residual = traffic(context, f"{name}.residual", "memory_bound", elements, passes=(3, 3), kernels=kernels)
+        of_norm = (2.0, 3.0) if measured is None else both_passes(measured.norm)
+        of_residual = (3.0, 3.0) if measured is None else both_passes(measured.residual)
+        norm = traffic(context, f"{name}.norm", "memory_bound", elements, passes=of_norm, kernels=kernels)
+        residual = traffic(context, f"{name}.residual", "memory_bound", elements, passes=of_residual, kernels=kernels)
         return recomputable(context, "layernorm", norm) + residual
     kernels = (round(4 * blocks), round(5 * blocks))
     return traffic(context, name, "memory_bound", elements, passes=(10, 10), kernels=kernels)
+
+
+def both_passes(passes: KernelPasses) -> tuple[float, float]:
+    """Passes of a kernel forward and backward."""
+    return passes.forward, passes.backward
+
+
+def activation_passes(stack: Stack, is_gated: bool) -> tuple[tuple[float, float], tuple[int, int]]:
+    """Passes over the inner rows of an activation, forward and backward, and its kernels.
+
+    Gated and fused: two read and one written; backward three read and two written. Without fusion the kernels of the
+    activation and of the product each read and write. As measured, where the stack says so.
+    """
+    if stack.elementwise is not None and is_gated:
+        return both_passes(stack.elementwise.activation), (2, 3)
+    if stack.fuses_elementwise:
+        return ((3.0, 5.0) if is_gated else (2.0, 3.0)), (1, 1)
+    return ((5.0, 8.0) if is_gated else (4.0, 5.0)), (2, 2)
 
 
 def feed_forward(
@@ -324,10 +345,7 @@ def feed_forward(
     hidden = context.model.hidden_size
     local = width / context.columns["tensor"]
     gate = 2.0 if is_gated else 1.0
-    fused = context.stack.fuses_elementwise
-    forward_passes = (3.0 if is_gated else 2.0) if fused else (5.0 if is_gated else 4.0)
-    backward_passes = (5.0 if is_gated else 3.0) if fused else (8.0 if is_gated else 5.0)
-    kernels = (1, 1) if fused else (2, 2)
+    passes, kernels = activation_passes(context.stack, is_gated)
     return [
         *linear(context, f"{name}.up", category, (tokens, local * gate, hidden)),
         *traffic(
@@ -335,7 +353,7 @@ def feed_forward(
             f"{name}.activation",
             "memory_bound",
             tokens * local,
-            passes=(forward_passes, backward_passes),
+            passes=passes,
             kernels=kernels,
         ),
         *linear(context, f"{name}.down", category, (tokens, hidden, local)),

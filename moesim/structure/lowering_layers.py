@@ -136,6 +136,7 @@ def _core(
                 precision=_core_precision(context),
                 element_bytes=operand_bytes(context),
                 prefill=_prefill_shape(context, tokens, key_length, width) if is_flash else None,
+                is_backward=phase != "forward",
             ),
             kernels=1 if is_flash else 2,
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moesim.describe.hardware import ElementwiseKernels, Stack
 from moesim.describe.model import MixtureOfExperts
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
@@ -16,6 +17,8 @@ from moesim.structure.host_operations import moe_part_host
 from moesim.structure.layers import LayerKind
 from moesim.structure.lowering import (
     LoweringContext,
+    activation_passes,
+    both_passes,
     collective,
     feed_forward,
     gemm,
@@ -26,10 +29,14 @@ from moesim.structure.lowering import (
 )
 from moesim.structure.parameters import shared_width
 from moesim.structure.placement import group_columns
-from moesim.structure.step_graph import Gemm, Operation, OperationTable, RoutedCopies
+from moesim.structure.step_graph import Gemm, MemoryTraffic, Operation, OperationTable, RoutedCopies
 
 LoadFactor = Callable[[FloatArray], FloatArray]
 CEILING_SLACK = 1e-9
+INDEX_BYTES, SORT_PASSES = 8.0, 6.0
+"""An index of a choice, and how often sorting reads or writes it."""
+MEASURED_CHOICE_KERNELS = 12
+"""Short kernels in a row that take as long as softmax, top-k and gathers of a few scores do in plain PyTorch."""
 SMALLEST_GROUP = 1e-9
 """Keeps an encoder that does not run (decoding) from dividing 0 by 0."""
 
@@ -154,17 +161,22 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
         kernels = round(3 + 4 * sequential)
     else:
         passes, kernels = 4.0, 4
+    measured = context.stack.elementwise
+    choice_passes = (passes, 3.0) if measured is None else both_passes(measured.router_choice)
     shape = (routed.tokens, float(moe.num_experts), float(context.model.hidden_size))
     choice = traffic(
         context,
         "router.choice",
         "router",
         logits,
-        passes=(passes, 3),
-        kernels=(kernels, 3),
+        passes=choice_passes,
+        kernels=(kernels if measured is None else MEASURED_CHOICE_KERNELS, 3),
         element_bytes=PRECISION_BYTES[router.precision],
     )
     projection = linear(context, "router.gemm", "router", shape, precision=router.precision)
+    if measured is not None and PRECISION_BYTES[router.precision] > context.activation_bytes:
+        elements = routed.tokens * float(context.model.hidden_size)
+        choice += traffic(context, "router.cast", "router", elements, passes=both_passes(measured.router_cast))
     return projection + choice + _positions(context, routed, logits * sequential)
 
 
@@ -217,6 +229,8 @@ def _permute_dispatch(context: LoweringContext, routed: RoutedTokens, factor: Fl
     """
     hidden = float(context.model.hidden_size)
     rows = routed.sent_rows * hidden
+    if context.stack.elementwise is not None:
+        return _measured_dispatch(context, context.stack.elementwise, routed, factor)
     passes = 6.0 if context.stack.dispatch == "permute" else 3.0
     kernels = 8 if context.stack.dispatch == "permute" else 3
     return traffic(
@@ -228,6 +242,30 @@ def _permute_dispatch(context: LoweringContext, routed: RoutedTokens, factor: Fl
         kernels=(kernels, kernels),
         load_factor=factor,
     )
+
+
+def _measured_dispatch(
+    context: LoweringContext, measured: ElementwiseKernels, routed: RoutedTokens, factor: FloatArray
+) -> list[Operation]:
+    """Sort the choices, copy rows to their experts' order and back, each by kernels that were measured."""
+    name, elements = "dispatch_combine", routed.sent_rows * float(context.model.hidden_size)
+    sort = traffic(
+        context,
+        "dispatch.sort",
+        name,
+        routed.sent_rows,
+        passes=(SORT_PASSES, 0.0),
+        kernels=(measured.sort_kernels, 0),
+        element_bytes=INDEX_BYTES,
+    )
+    moved = [
+        row
+        for step, passes in (("dispatch.permute", measured.permute), ("combine.unpermute", measured.unpermute))
+        for row in traffic(
+            context, step, name, elements, passes=both_passes(passes), kernels=(3, 3), load_factor=factor
+        )
+    ]
+    return sort[:1] + moved
 
 
 def _all_to_all(context: LoweringContext, routed: RoutedTokens, factor: FloatArray) -> list[Operation]:
@@ -286,17 +324,41 @@ def _experts(
     slowdown = context.stack.quantised_expert_slowdown
     if slowdown is not None and PRECISION_BYTES[context.scenario.precision.compute] < 2:
         up, down = ([_slower(row, slowdown.value) for row in matrices] for matrices in (up, down))
-    fused = context.stack.fuses_elementwise
+    passes, kernels = activation_passes(context.stack, moe.is_gated)
     activation = traffic(
         context,
         "expert.activation",
         "memory_bound",
         experts * rows * local,
-        passes=((3, 5) if fused else (5, 8)) if moe.is_gated else ((2, 3) if fused else (4, 5)),
-        kernels=(1, 1) if fused else (2, 2),
+        passes=passes,
+        kernels=kernels,
         load_factor=factor,
     )
-    return up + recomputable(context, "moe_act", activation) + down
+    up, down = (
+        with_separate_sum(matrices, context.stack, activation_bytes=context.activation_bytes) for matrices in (up, down)
+    )
+    return [*up, *recomputable(context, "moe_act", activation), *down]
+
+
+def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation_bytes: float) -> list[Operation]:
+    """Experts' products with their weight gradients written as activations are, and added to the sum afterwards.
+
+    Only where the stack's grouped kernel cannot add: the addition reads the gradient, reads the sum and writes it.
+    """
+    measured = stack.elementwise
+    if measured is None or measured.expert_gradient_bytes is None:
+        return list(matrices)
+    rows: list[Operation] = []
+    for row in matrices:
+        if row.phase != "weight_gradient" or not isinstance(row.work, Gemm):
+            rows.append(row)
+            continue
+        product = replace(row.work, output_bytes=activation_bytes, accumulates=False)
+        weights = product.groups * product.rows * product.columns
+        added = MemoryTraffic(weights * measured.expert_gradient_bytes)
+        rows.append(replace(row, work=product))
+        rows.append(replace(row, name=f"{row.name}.sum", work=added, load_factor=None))
+    return rows
 
 
 def _slower(operation: Operation, slowdown: float) -> Operation:

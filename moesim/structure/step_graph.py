@@ -116,6 +116,7 @@ class AttentionCore:
     precision: str
     element_bytes: float
     prefill: PrefillShape | None = None
+    is_backward: bool = False
 
 
 @dataclass(frozen=True)

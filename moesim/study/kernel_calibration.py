@@ -1,0 +1,289 @@
+"""Fit single attention kernels by library and pass, and how often a stack's element-wise kernels go over their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from moesim.cost.attention_surface import AttentionParameters, AttentionTimeSurface
+from moesim.cost.efficiency_surfaces import device_rates
+from moesim.describe.hardware import ElementwiseKernels
+from moesim.describe.quantities import PRECISION_BYTES
+from moesim.structure.columns import FloatArray
+from moesim.structure.step_graph import Gemm
+from moesim.study.calibration import FOLDS, fold_of, shape_of
+from moesim.study.measured_cases import MeasuredCase
+from moesim.study.measured_operations import MappedCase, map_case
+from moesim.study.measurement_comparison import Judge, operation_times_s
+from moesim.study.robust_fits import Parameter, RobustFit, Values, fit_robustly
+
+KERNEL_START = AttentionParameters(
+    fixed_s=2.5e-6,
+    compute_fraction=0.4,
+    head_64_factor=0.8,
+    head_192_factor=1.0,
+    head_256_factor=1.0,
+    lone_tile_factor=1.0,
+    tile_s=1e-6,
+    extra_passes=0.0,
+    token_s=1e-15,
+    cache_bytes=1.0,
+    overlap_exponent=1.1,
+)
+"""A kernel alone: no operator around it, operands from memory; terms add up nearly as in the surfaces."""
+KERNEL_RANGES = {"compute_fraction": (0.02, 1.2), "head_64_factor": (0.4, 1.02), "tile_s": (1e-8, 3e-5)}
+LARGE_BYTES = 8.0 * 2**20
+"""Traffic from which the time of a kernel is that of its bytes."""
+
+
+@dataclass(frozen=True)
+class FittedKernel:
+    """An attention kernel: library, pass, its surface, the fit, and log errors of shapes left out."""
+
+    library: str
+    pass_name: str
+    surface: AttentionTimeSurface
+    fit: RobustFit
+    held_out: FloatArray
+    cases: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the kernel as its document holds it."""
+        errors = np.abs(np.expm1(self.held_out))
+        half = float(np.quantile(np.abs(self.held_out), 0.9))
+        return {
+            "library": self.library,
+            "pass": self.pass_name,
+            "parameters": {name: float(f"{value:.5g}") for name, value in asdict(self.surface.parameters).items()},
+            "domain": {name: list(limits) for name, limits in self.surface.domain.items()},
+            "interval": {"level": 0.9, "edges_s": [], "half_widths": [float(f"{half:.3g}")]},
+            "standard_errors": {name: float(f"{error:.3g}") for name, error in self.fit.standard_errors.items()},
+            "refused": dict(self.fit.refused),
+            "held_out": {
+                "median": float(f"{np.median(errors):.3g}"),
+                "p90": float(f"{np.quantile(errors, 0.9):.3g}"),
+                "count": len(errors),
+            },
+            "fit_cases": list(self.cases),
+        }
+
+
+def fit_attention_kernels(cases: Sequence[MeasuredCase], judge: Judge) -> list[FittedKernel]:
+    """Fit a kernel for every library and pass with at least four shapes.
+
+    Parameters
+    ----------
+    cases : sequence of MeasuredCase
+        Any; those of the attention suite with a library of their own are taken.
+    judge : Judge
+        The device at its sustained clock.
+
+    Returns
+    -------
+    list of FittedKernel
+        In the order of the cases.
+    """
+    groups: dict[tuple[str, str], list[MeasuredCase]] = {}
+    for case in cases:
+        if case.suite == "attention" and case.text("method") not in ("", "default"):
+            groups.setdefault((case.text("method"), case.pass_name), []).append(case)
+    return [_fit_kernel(key, some, judge) for key, some in groups.items() if len({shape_of(one) for one in some}) >= 4]
+
+
+Timed = Sequence[tuple[MeasuredCase, MappedCase]]
+
+
+def _fit_kernel(key: tuple[str, str], cases: Sequence[MeasuredCase], judge: Judge) -> FittedKernel:
+    timed = [(case, map_case(case, judge.stack)) for case in cases]
+    fit = _fit(key, timed, judge)
+    held_out = np.zeros(0)
+    for fold in sorted({fold_of(case, FOLDS) for case in cases}):
+        part = [one for one in timed if fold_of(one[0], FOLDS) != fold]
+        rest = [one for one in timed if fold_of(one[0], FOLDS) == fold]
+        held_out = np.concatenate([held_out, _log_ratios(key, rest, judge, _fit(key, part, judge).values)])
+    surface = _surface(judge, fit.values)
+    named = ("batch", "length", "heads", "kv_heads", "head_size")
+    fields = ("batch", "sequence", "heads", "kv_heads", "head_size")
+    domain = {
+        field: (min(case.size(name) for case in cases), max(case.size(name) for case in cases))
+        for field, name in zip(fields, named, strict=True)
+    }
+    return FittedKernel(*key, replace(surface, domain=domain), fit, held_out, tuple(case.case for case in cases))
+
+
+def _fit(key: tuple[str, str], timed: Timed, judge: Judge) -> RobustFit:
+    start = asdict(KERNEL_START)
+    parameters = [Parameter(name, start[name], low, high) for name, (low, high) in KERNEL_RANGES.items()]
+
+    def log_ratios(values: Values) -> FloatArray:
+        return _log_ratios(key, timed, judge, values)
+
+    return fit_robustly(parameters, log_ratios, num_cases=len(timed))
+
+
+def _surface(judge: Judge, values: Values) -> AttentionTimeSurface:
+    device = judge.device
+    rates = device_rates(device)
+    figures = (rates.peak_for("bf16"), rates.memory_bandwidth, rates.compute_units)
+    parameters = replace(KERNEL_START, **values)
+    return AttentionTimeSurface(device.id, *figures, parameters, (), {}, np.zeros(0), np.zeros(1))
+
+
+def _log_ratios(key: tuple[str, str], timed: Timed, judge: Judge, values: Values) -> FloatArray:
+    kernels = {key: _surface(judge, values)}
+    surfaces = replace(judge.surfaces, attention_kernels=kernels)
+    hardware = replace(judge.alone, device=replace(judge.alone.device, surfaces=surfaces))
+    times = operation_times_s([mapped for _, mapped in timed], replace(judge, surfaces=surfaces, alone=hardware))
+    return np.log([time_s.sum() / case.median_s for time_s, (case, _) in zip(times, timed, strict=True)])
+
+
+def kernels_document(kernels: Sequence[FittedKernel], device: str, source: str) -> dict[str, Any]:
+    """JSON document of fitted kernels, as ``surfaces/flash_kernels_<device>.json`` holds it."""
+    surface = kernels[0].surface
+    return {
+        "schema_version": 1,
+        "operator": "flash_kernels",
+        "device": device,
+        "precision": "bf16",
+        "provenance": {"kind": "fitted", "source": source},
+        "figures": {
+            "peak_flop_per_s": surface.peak_flop_per_s,
+            "memory_bytes_per_s": surface.memory_bytes_per_s,
+            "compute_units": surface.compute_units,
+        },
+        "grids": [],
+        "kernels": [kernel.to_json() for kernel in kernels],
+    }
+
+
+def elementwise_passes(cases: Sequence[MeasuredCase], judge: Judge) -> dict[str, dict[str, float]]:
+    """Passes that a stack's kernels take as long as, by kernel and pass: medians over large cases.
+
+    Parameters
+    ----------
+    cases : sequence of MeasuredCase
+        Suites memory_bound, dispatch and router.
+    judge : Judge
+        The device with its fitted streaming rate and time per kernel.
+
+    Returns
+    -------
+    dict
+        Names of :class:`~moesim.describe.hardware.ElementwiseKernels` to pass to number; what no case shows is absent.
+        A router's choice is what it takes beyond its product and cast.
+    """
+    rates = judge.alone.device
+    rate = rates.memory_bandwidth * rates.traffic_fraction
+    smallest = min(LARGE_BYTES, np.quantile([case.num_bytes for case in cases], 0.5)) if cases else 0.0
+    found: dict[tuple[str, str], list[float]] = {}
+    for case in cases:
+        rule = ELEMENTS.get(case.operation)
+        if rule is None or case.num_bytes < smallest:
+            continue
+        name, elements = rule
+        rest_s = case.median_s - rates.traffic_fixed_s - (_product_and_cast_s(case, judge) if name == CHOICE else 0.0)
+        width = PRECISION_BYTES["fp32" if name == CHOICE else case.dtype]
+        found.setdefault((name, case.pass_name), []).append(max(rest_s, 0.0) * rate / (width * elements(case)))
+    result: dict[str, dict[str, float]] = {}
+    for (name, pass_name), values in found.items():
+        result.setdefault(name, {})[pass_name] = float(np.median(values))
+    return result
+
+
+def _product_and_cast_s(case: MeasuredCase, judge: Judge) -> float:
+    """What a router's product and cast take."""
+    mapped = map_case(case, judge.stack)
+    parts = tuple(one for one in mapped.operations if one.name in ("router.gemm", "router.cast"))
+    (times,) = operation_times_s([replace(mapped, operations=parts)], judge)
+    return float(times.sum())
+
+
+def sort_kernels(cases: Sequence[MeasuredCase], judge: Judge) -> int | None:
+    """Short kernels in a row that sorting the choices takes as long as; None where no case shows it."""
+    rates = judge.alone.device
+    rate = rates.memory_bandwidth * rates.traffic_fraction
+    found = [
+        (case.median_s - case.num_bytes / rate) / rates.traffic_fixed_s for case in cases if case.operation == "sort"
+    ]
+    return max(round(float(np.median(found))), 0) if found else None
+
+
+def measured_elementwise(cases: Sequence[MeasuredCase], judge: Judge, *, source: str) -> ElementwiseKernels | None:
+    """Element-wise kernels of a stack as cases show them, the others as the stack has them.
+
+    None where the stack states none and the cases do not show all.
+    """
+    passes, known = elementwise_passes(cases, judge), judge.stack.elementwise
+    fields: dict[str, Any] = known.model_dump() if known is not None else {"router_cast": dict(BOTH_CAST)}
+    for name, by_pass in passes.items():
+        forward = by_pass.get("forward", fields.get(name, {}).get("forward"))
+        backward = by_pass.get("backward", fields.get(name, {}).get("backward", forward))
+        fields[name] = {"forward": _rounded(forward), "backward": _rounded(backward)}
+    kernels, gradient = sort_kernels(cases, judge), separate_sum_bytes(cases, judge)
+    if kernels is not None:
+        fields["sort_kernels"] = kernels
+    if gradient is not None:
+        fields["expert_gradient_bytes"] = _rounded(gradient)
+    elif any(case.suite == "grouped_gemm" and case.pass_name == "wgrad" for case in cases):
+        fields["expert_gradient_bytes"] = None  # the product adds
+    fields["source"] = source
+    try:
+        return ElementwiseKernels.model_validate(fields)
+    except ValidationError:
+        return None
+
+
+BOTH_CAST = {"forward": 3.0, "backward": 3.0}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{min(value, 100.0):.3g}")
+
+
+def _rows(case: MeasuredCase) -> float:
+    return case.size("rows") * case.size("columns")
+
+
+def _routed(case: MeasuredCase) -> float:
+    return case.size("tokens") * case.size("experts_per_token") * case.size("hidden")
+
+
+def _scores(case: MeasuredCase) -> float:
+    return case.size("tokens") * case.size("experts")
+
+
+CHOICE = "router_choice"
+ELEMENTS: Mapping[str, tuple[str, Callable[[MeasuredCase], float]]] = {
+    "rms_norm": ("norm", _rows),
+    "residual_add": ("residual", _rows),
+    "gated_activation": ("activation", _rows),
+    "permute": ("permute", _routed),
+    "unpermute": ("unpermute", _routed),
+    "router": (CHOICE, _scores),
+}
+
+
+def separate_sum_bytes(cases: Sequence[MeasuredCase], judge: Judge) -> float | None:
+    """Bytes at the streaming rate that adding one expert weight's gradient takes; None where no case shows it.
+
+    The time of the cases whose weight gradients are added by a kernel of their own, less that of the product.
+    """
+    rates = judge.alone.device
+    rate = rates.memory_bandwidth * rates.traffic_fraction
+    found = []
+    for case in cases:
+        is_grouped = case.suite == "grouped_gemm" and case.text("method") != "loop"
+        if not is_grouped or case.pass_name != "wgrad" or "add_" not in case.implementation:
+            continue
+        (operation,) = map_case(case, judge.stack.model_copy(update={"elementwise": None})).operations
+        assert isinstance(operation.work, Gemm)
+        product = replace(operation.work, output_bytes=2.0, accumulates=False)
+        one = replace(map_case(case, judge.stack), operations=(replace(operation, work=product),))
+        (time_s,) = operation_times_s([one], judge)
+        weights = float((product.groups * product.rows * product.columns)[0])
+        found.append((case.median_s - float(time_s.sum()) - rates.traffic_fixed_s) * rate / weights)
+    return float(np.median(found)) if found else None
