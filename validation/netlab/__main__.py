@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rate", default="60Mb/s", help="rate of a link, one direction (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="repetitions of each case (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of report and profiles (default: this package's)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of report and profiles (default: its own)")
     parser.add_argument("--short", action="store_true", help="a few cases on small networks, in half a minute")
     chosen = parser.parse_args(arguments)
     try:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 2
     except KeyboardInterrupt as error:
-        _tell(f"stopped ({error or 'SIGINT'}); all networks are removed")
+        _tell(f"stopped ({error}); all networks are removed")
         return 130
     for verdict in report.verdicts:
         sign = "kept" if verdict.is_met else "MISSED"
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(text: str) -> None:
-    print(f"netlab: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"netlab: {text}\n")
 
 
 if __name__ == "__main__":

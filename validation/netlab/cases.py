@@ -19,7 +19,7 @@ EXPERTS = 16
 STEP = 3
 SEED = 7
 ROW_BYTES = 4 * HIDDEN
-LATENCY_BYTES = 4096
+LATENCY_BYTES = 64
 SPACING_S = 0.001
 """Between the calls of two ranks of an all-to-all: more than it takes one to post its messages."""
 
@@ -113,12 +113,12 @@ def lab_cases(rate: float) -> tuple[list[CollectiveCase], list[StepCase]]:
     fours = LabTopology("nodes", 8, rate, 4, inside_rate=2 * rate)
     ring = LabTopology("ring", 5, rate)
     fit = [
-        CollectiveCase(flat_4, kind, size * KIB, "fit")
+        CollectiveCase(flat_4, kind, round(size * KIB), "fit")
         for kind, sizes in (
             ("all_to_all", (256, 1024, 2048)),
             ("all_reduce", (256, 1024, 2048)),
             ("all_gather", (256, 1024)),
-            ("point_to_point", (4, 1024)),
+            ("point_to_point", (LATENCY_BYTES / KIB, 1024)),
         )
         for size in sizes
     ]
@@ -149,12 +149,12 @@ def short_cases(rate: float) -> tuple[list[CollectiveCase], list[StepCase]]:
     """A few of each: a test that takes half a minute."""
     flat, tree = LabTopology("flat", 4, rate), LabTopology("tree", 4, rate, 2, oversubscription=2.0)
     fit = [
-        CollectiveCase(flat, kind, size * KIB, "fit")
+        CollectiveCase(flat, kind, round(size * KIB), "fit")
         for kind, sizes in (
             ("all_to_all", (256, 512)),
             ("all_reduce", (256, 512)),
             ("all_gather", (256,)),
-            ("point_to_point", (4, 512)),
+            ("point_to_point", (LATENCY_BYTES / KIB, 512)),
         )
         for size in sizes
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,13 @@ from validation.netlab.measurements import MeasuredCollective
 from validation.netlab.predictions import LibraryConstants, Predictor
 
 START = LibraryConstants(5e-4, 5e-4, 5e-4, 5e-4, 0.95, 0.95, 0.95)
-MOST_LATENCY_S = 0.1
+MOST_LATENCY_S, LEAST_FRACTION = 0.1, 0.3
+STAGES = (
+    (("point_to_point",), ("message_s", "message_fraction")),
+    (("all_reduce", "all_gather"), ("base_s", "round_s", "reduce_fraction")),
+    (("all_to_all",), ("peer_s", "exchange_fraction")),
+)
+"""Kinds of collectives and the constants they tell; an exchange starts as a message does, which is known by then."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Fit:
 
 
 def fit_library(measured: Sequence[MeasuredCollective]) -> Fit:
-    """Least squares of relative errors, robust to single cases.
+    """Least squares of relative errors, robust to single cases, kind by kind.
 
     Parameters
     ----------
@@ -34,24 +40,38 @@ def fit_library(measured: Sequence[MeasuredCollective]) -> Fit:
     Returns
     -------
     Fit
-        Seven constants: two latencies and a fraction of exchanges (one latency is that of a message), of reductions and
-        of messages.
+        Two constants of messages, three of reductions and gathers, two of exchanges.
     """
+    constants = START
+    for kinds, names in STAGES:
+        cases = [one for one in measured if one.case.kind in kinds]
+        if cases:
+            constants = _fitted(constants, names, cases)
+    return Fit(constants, _errors(constants, measured))
+
+
+def _fitted(
+    constants: LibraryConstants, names: Sequence[str], measured: Sequence[MeasuredCollective]
+) -> LibraryConstants:
+    """Some constants; the others stay."""
     from scipy.optimize import least_squares
 
-    seconds = np.array([one.typical_s for one in measured])
-    names = list(START.__dataclass_fields__)
-    start = np.array([getattr(START, name) for name in names])
     is_latency = np.array([name.endswith("_s") for name in names])
-    lower, upper = np.where(is_latency, 1e-6, 0.3), np.where(is_latency, MOST_LATENCY_S, 1.0)
-    scale = np.where(is_latency, 1e-3, 0.1)
+    bounds = np.where(is_latency, 1e-6, LEAST_FRACTION), np.where(is_latency, MOST_LATENCY_S, 1.0)
+    start = [getattr(constants, name) for name in names]
 
     def errors(values: FloatArray) -> FloatArray:
-        predictor = Predictor(constants=LibraryConstants(*np.clip(values, lower, upper).tolist()))
-        return np.array([predicted_s(predictor, one) for one in measured]) / seconds - 1.0
+        inside = np.clip(values, *bounds).tolist()
+        return _errors(replace(constants, **dict(zip(names, inside, strict=True))), measured)
 
-    found = least_squares(errors, start, bounds=(lower, upper), x_scale=scale, loss="soft_l1", f_scale=0.05)
-    return Fit(LibraryConstants(*found.x.tolist()), errors(found.x))
+    scale = np.where(is_latency, 1e-3, 0.1)
+    found = least_squares(errors, start, bounds=bounds, x_scale=scale, loss="soft_l1", f_scale=0.05)
+    return replace(constants, **dict(zip(names, found.x.tolist(), strict=True)))
+
+
+def _errors(constants: LibraryConstants, measured: Sequence[MeasuredCollective]) -> FloatArray:
+    predictor = Predictor(constants=constants)
+    return np.array([predicted_s(predictor, one) / one.typical_s - 1.0 for one in measured])
 
 
 def predicted_s(predictor: Predictor, measured: MeasuredCollective) -> float:

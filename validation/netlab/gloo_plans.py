@@ -1,12 +1,12 @@
 """What gloo sends when: plans of its collectives, and its all-to-all, in which a late rank makes pairs take turns.
 
-gloo 's transport is a rendezvous: bytes leave when the receiver's notice that it waits for them has come, and notices
-to a rank stand behind bytes to the same rank in one TCP stream (``gloo/transport/tcp/pair.cc``). An all-to-all posts, for
-i = 1 .. n - 1, a send to the rank i places on and a receive from the rank i places back (``gloo/alltoall.cc``).
-When a rank arrives late, its peers' notices are there: each of its sends starts at once, and a receive from the same peer
-that is posted later is noticed by that peer only after these bytes. So of two ranks, the later one d places after the
-earlier, bytes go both ways at once if d < n/2, and else first from the later to the earlier, then back. With equal bytes on
-idle links that takes n - 1 + floor(n/2) messages' time in any order of arrival, where a full exchange takes n - 1.
+The transport is a rendezvous: bytes leave when the receiver's notice that it waits for them has come, and notices to a
+rank stand behind bytes to the same rank in one TCP stream (``gloo/transport/tcp/pair.cc``). An all-to-all posts, for
+i = 1 .. n - 1, a send to the rank i places on and a receive from the rank i places back (``gloo/alltoall.cc``). When a
+rank arrives late, its peers' notices are there: each of its sends starts at once, and a receive from the same peer that
+is posted later is noticed by that peer only after these bytes. So of two ranks, the later one d places after the
+earlier, bytes go both ways at once if d < n/2, and else first from the later to the earlier, then back. Equal bytes on
+idle links take the time of n - 1 + floor(n/2) messages in any order of arrival; all both ways at once would take n - 1.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PLANS: dict[str, tuple[CollectiveKind, str]] = {
     "reduce_scatter": ("all_reduce", "ring"),
     "point_to_point": ("point_to_point", "send"),
 }
-"""Kind and algorithm of moesim that each of gloo's collectives is; its reduce-scatter is an all-reduce of everything, of
-which each rank keeps its part (torch 2.13; the bytes on the wire say so)."""
+"""Kind and algorithm of moesim that each of gloo's collectives is; its reduce-scatter is an all-reduce of everything,
+of which each rank keeps its part (torch 2.13: it takes the time of one)."""
 
 
 @dataclass(frozen=True)
 class ExchangeTimes:
-    """When each rank has sent and received everything, and when all have; seconds, from the time arrivals count from."""
+    """When each rank has sent and received everything, and when all have; seconds on the clock of the arrivals."""
 
     rank_s: FloatArray
     makespan_s: float

@@ -66,7 +66,8 @@ def _operation(session: Session, kind: str, num_bytes: int, pair_bytes: FloatArr
             return lambda: distributed.reduce_scatter_tensor(part, whole)
         case "point_to_point":
             return _message(rank, ranks, whole)
-    raise ValueError(f"no collective is called {kind!r}")
+        case _:
+            raise ValueError(f"no collective is called {kind!r}")
 
 
 def _message(rank: int, ranks: int, whole: Any) -> Any:

@@ -82,7 +82,7 @@ def measure_all(
         E-NET-004 if a network is not what it says, or a rank fails.
     """
     found = Measurements({}, [], [])
-    for topology in dict.fromkeys(case.topology for case in [*collectives, *steps]):
+    for topology in networks_of(collectives, steps):
         here = [case for case in collectives if case.topology == topology]
         steps_here = [case for case in steps if case.topology == topology]
         progress(f"{topology.name}: {len(here)} collectives, {len(steps_here)} training steps")
@@ -91,6 +91,12 @@ def measure_all(
             found.collectives.extend(measure_collective(group, case, repeats) for case in here)
             found.steps.extend(_measured_steps(group, steps_here, repeats))
     return found
+
+
+def networks_of(collectives: Sequence[CollectiveCase], steps: Sequence[StepCase]) -> list[LabTopology]:
+    """Networks in the order in which cases name them first."""
+    named = [case.topology for case in collectives] + [case.topology for case in steps]
+    return list(dict.fromkeys(named))
 
 
 def measure_collective(group: Workers, case: CollectiveCase, repeats: int) -> MeasuredCollective:

@@ -1,4 +1,4 @@
-"""A training step of MoE layers in torch, expert parallel over all ranks, which asks for its communication from outside.
+"""A training step of MoE layers in torch, expert parallel over all ranks, its communication given from outside.
 
 The same code runs with gloo between ranks, and alone on one rank with made-up messages to time its compute.
 """

@@ -57,8 +57,8 @@ def _refusals() -> list[Problem]:
         commands.run(f"tc -n {namespace} qdisc add dev e0 root tbf rate 1mbit burst 16kb limit 64kb")
         commands.run(f"ip -n {namespace} link add br0 type bridge")
     except ScenarioError as error:
-        first = error.problems[0].message
-        return [lab_problem(f"this machine lets nobody build networks: {first}", "use a machine or container with NET_ADMIN")]
+        message = f"this machine lets nobody build networks: {error.problems[0].message}"
+        return [lab_problem(message, "use a machine, or a container with NET_ADMIN, whose kernel has veth and tbf")]
     finally:
         remove_namespaces(run.existing())
     return []
@@ -78,7 +78,8 @@ class Commands:
         done = subprocess.run(shlex.split(line), capture_output=True, text=True, check=False, input=text)
         if done.returncode:
             words = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-            raise ScenarioError([lab_problem(f"{line}: {words}", "see whether the kernel has veth, bridge and sch_tbf")])
+            remedy = "see whether the kernel has veth, bridge, sch_tbf, sch_htb and cls_u32"
+            raise ScenarioError([lab_problem(f"{line}: {words}", remedy)])
         return done.stdout
 
     def run_all(self, lines: Iterable[str]) -> None:
@@ -121,16 +122,17 @@ def lab_namespaces() -> list[str]:
 
 def leftovers() -> list[str]:
     """Namespaces whose process is gone."""
-    return [name for name in lab_namespaces() if not _is_owned(name)]
+    return [name for name in lab_namespaces() if not is_owned(name)]
 
 
-def _is_owned(name: str) -> bool:
+def is_owned(name: str) -> bool:
+    """Whether the process that made a namespace still runs."""
     _, pid, ticks, *_ = [*name.split("-"), "", ""]
     return pid.isdigit() and _start_ticks(int(pid)) == ticks
 
 
 def _start_ticks(pid: int) -> str:
-    """When a process started, in the kernel's ticks; empty where it does not run: numbers are used again, both are not."""
+    """When a process started, in the kernel's ticks; empty where it does not run. Its number may be used again."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -147,7 +149,7 @@ def sweep() -> list[str]:
 def remove_namespaces(names: Sequence[str]) -> None:
     """End the processes inside namespaces and remove them; links, bridges and queues go with them."""
     for name in names:
-        for pid in _processes(name):
+        for pid in processes_in(name):
             if pid != os.getpid():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -155,7 +157,8 @@ def remove_namespaces(names: Sequence[str]) -> None:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False, stdin=subprocess.DEVNULL)
 
 
-def _processes(name: str) -> list[int]:
+def processes_in(name: str) -> list[int]:
+    """Numbers of the processes inside a namespace."""
     command = ["ip", "netns", "pids", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     return [int(word) for word in done.stdout.split()]

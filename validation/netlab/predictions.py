@@ -122,8 +122,9 @@ class Network:
         wire_s : float
             When the flows end.
         """
-        planned, name = ("all_to_all", "direct") if kind == "all_to_all" else PLANS[kind]
-        return self._seconds(planned, name, num_bytes, wire_s)
+        if kind == "all_to_all":
+            return self._seconds("all_to_all", "direct", num_bytes, wire_s)
+        return self._seconds(*PLANS[kind], num_bytes, wire_s)
 
     def _seconds(self, kind: CollectiveKind, name: str, num_bytes: float, wire_s: float) -> float:
         ranks = 2.0 if kind == "point_to_point" else float(self.ranks)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
-from moesim.errors import ScenarioError
+from moesim.errors import Problem, ScenarioError
 from validation.netlab.namespaces import lab_problem
 from validation.netlab.topologies import LabTopology
 from validation.netlab.workers import PATIENCE_S, Session, Workers
@@ -63,27 +65,25 @@ def time_streams(session: Session, pairs: Sequence[tuple[int, int]], num_bytes: 
 
 def _pump(outgoing: Sequence[socket.socket], arriving: Sequence[socket.socket], num_bytes: int) -> float:
     """Send and receive everything; when the last byte came."""
-    import selectors
-
     selector, chunk = selectors.DefaultSelector(), bytes(CHUNK)
     left = dict.fromkeys([*outgoing, *arriving], num_bytes)
-    for one in outgoing:
-        one.setblocking(False)
-        selector.register(one, selectors.EVENT_WRITE)
-    for one in arriving:
-        one.setblocking(False)
-        selector.register(one, selectors.EVENT_READ)
+    for stream in outgoing:
+        stream.setblocking(False)
+        selector.register(stream, selectors.EVENT_WRITE)
+    for stream in arriving:
+        stream.setblocking(False)
+        selector.register(stream, selectors.EVENT_READ)
     end = time.monotonic()
     while left:
         for key, event in selector.select(PATIENCE_S):
-            one: socket.socket = key.fileobj  # type: ignore[assignment]
+            ready = cast(socket.socket, key.fileobj)
             if event & selectors.EVENT_WRITE:
-                left[one] -= one.send(chunk[: left[one]])
+                left[ready] -= ready.send(chunk[: left[ready]])
             else:
-                left[one] -= len(one.recv(CHUNK))
-            if left[one] <= 0:
-                selector.unregister(one)
-                del left[one]
+                left[ready] -= len(ready.recv(CHUNK))
+            if left[ready] <= 0:
+                selector.unregister(ready)
+                del left[ready]
                 end = time.monotonic()
     return end
 
@@ -104,7 +104,7 @@ def assert_rates(topology: LabTopology, group: Workers) -> list[Probe]:
 
 
 def _streams(topology: LabTopology) -> list[tuple[str, list[tuple[int, int]], float]]:
-    """Pairs that fill links of a kind, node by node where all at once would be too much for the cores; bit/s of each."""
+    """Pairs that fill links of a kind, node by node where all at once are too much for the cores; bit/s of each."""
     ranks, group = topology.ranks, topology.group
     around = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
     if topology.kind in ("flat", "ring"):
@@ -126,7 +126,7 @@ def _probe(group: Workers, link: str, pairs: Sequence[tuple[int, int]], rate: fl
     return min(probes, key=lambda probe: abs(probe.error))
 
 
-def _too_slow(topology: LabTopology, probe: Probe) -> object:
+def _too_slow(topology: LabTopology, probe: Probe) -> Problem:
     message = (
         f"{topology.name}: plain TCP moves {probe.measured / 1e6:.1f} Mb/s over a {probe.link} link that should carry "
         f"{probe.expected / 1e6:.1f} Mb/s of payload"

@@ -111,8 +111,8 @@ def _head(report: Report) -> list[str]:
         "other network, the skewed all-to-alls and the training steps are predicted by moesim's flow engine on the",
         "cluster profiles in `profiles/`.",
         "",
-        f"{machine}. Links of {facts.rate / 1e6:g} Mb/s, {facts.repeats} repetitions, {facts.seconds:.0f} s; load average "
-        f"{facts.load_before:.1f} at the start, {facts.load_after:.1f} at the end.",
+        f"{machine}. Links of {facts.rate / 1e6:g} Mb/s, {facts.repeats} repetitions, {facts.seconds:.0f} s; load "
+        f"average {facts.load_before:.1f} at the start, {facts.load_after:.1f} at the end.",
         "",
         "| asked for | found | at most | met |",
         "| --- | --- | --- | --- |",

@@ -12,7 +12,7 @@ import numpy as np
 from moesim.structure.columns import FloatArray
 from validation.netlab.cases import STEP_SHAPE
 from validation.netlab.fits import Fit, predicted_s
-from validation.netlab.measurements import MeasuredCollective, Measurements, MeasuredStep
+from validation.netlab.measurements import MeasuredCollective, MeasuredStep, Measurements
 from validation.netlab.predictions import Predictor
 from validation.netlab.step_predictions import predicted_step
 from validation.netlab.topologies import LabTopology, cluster_document

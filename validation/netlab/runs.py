@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from moesim.errors import ScenarioError
+from moesim.errors import Problem, ScenarioError
 from validation.netlab.cases import lab_cases, short_cases
 from validation.netlab.fits import fit_library
-from validation.netlab.measurements import Progress, measure_all
+from validation.netlab.measurements import Progress, measure_all, networks_of
 from validation.netlab.namespaces import lab_problem, missing_requirements, signals_as_exceptions, sweep
 from validation.netlab.predictions import Predictor
 from validation.netlab.reports import Report, RunFacts
@@ -65,7 +65,7 @@ def run_lab(options: RunOptions, progress: Progress) -> Report:
         measurements = measure_all(collectives, steps, options.repeats, progress)
     progress("fitting gloo over TCP on the flat network")
     fit = fit_library([one for one in measurements.collectives if one.case.role == "fit"])
-    networks = list(dict.fromkeys(case.topology for case in [*collectives, *steps]))
+    networks = networks_of(collectives, steps)
     source = f"network lab, {networks[0].name} at {options.rate / 1e6:g} Mb/s, {len(fit.errors)} collectives"
     write_profiles(options.folder / "profiles", networks, fit, source)
     progress("predicting every case from the profiles")
@@ -83,13 +83,14 @@ def _version(package: str) -> str:
         return "none"
 
 
-def option_problems(options: RunOptions) -> list:
+def option_problems(options: RunOptions) -> list[Problem]:
     """Everything that is wrong with the options, and torch if it is missing."""
     problems, cores = [], os.cpu_count() or 1
     highest = MOST_RATE_PER_CORE * cores
     if not LEAST_RATE <= options.rate <= highest:
-        message = f"links of {options.rate / 1e6:g} Mb/s: this machine's {cores} cores carry 8 hosts up to {highest / 1e6:g} Mb/s"
-        problems.append(lab_problem(message, f"give a rate from {LEAST_RATE / 1e6:g} Mb/s to that; 60 is usual", "rate"))
+        limits = f"from {LEAST_RATE / 1e6:g} to {highest / 1e6:g} Mb/s"
+        message = f"links of {options.rate / 1e6:g} Mb/s: with {cores} cores, 8 hosts can be emulated {limits}"
+        problems.append(lab_problem(message, "give a rate within these limits; 60Mb/s is usual", "rate"))
     if options.repeats < 1:
         problems.append(lab_problem(f"{options.repeats} repetitions", "give at least 1; 7 are usual", "repeats"))
     if _version("torch") == "none":

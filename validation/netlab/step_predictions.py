@@ -51,7 +51,8 @@ def shared_cores(start_s: FloatArray, work_s: FloatArray, cores: int) -> FloatAr
     [0.001, 0.001, 0.005]
     """
     end, left = start_s + 0.0, work_s + 0.0
-    waiting = [(float(at), order, rank) for order, (at, rank) in enumerate(sorted(zip(start_s, range(len(end)))))]
+    by_start = sorted((at, rank) for rank, at in enumerate(start_s.tolist()))
+    waiting = [(float(at), order, rank) for order, (at, rank) in enumerate(by_start)]
     free = [float(start_s.min())] * cores
     turns = len(waiting)
     heapq.heapify(waiting)
@@ -93,15 +94,15 @@ def predicted_step(
         Median over random orders in which ranks of equal clocks arrive.
     """
     ranks = len(tokens)
-    forth = rows_of_pairs(tokens, ranks) * float(shape.hidden * FLOAT_BYTES)
-    exchanges = [forth, forth.T] * (2 * shape.layers)
+    forth: FloatArray = np.asarray(rows_of_pairs(tokens, ranks), np.float64) * (shape.hidden * FLOAT_BYTES)
+    exchanges: list[FloatArray] = [forth, forth.T] * (2 * shape.layers)
     shared = shape.layers * shape.hidden * (shape.hidden + tokens.shape[1]) * FLOAT_BYTES
     reduction_s = network.collective_s("all_reduce", float(shared))
     generator, ends = np.random.default_rng(0), []
     for _ in range(DRAWS):
-        clock = np.zeros(ranks)
+        clock: FloatArray = np.zeros(ranks)
         for index, pair_bytes in enumerate(exchanges):
-            clock = clock + generator.uniform(0.0, JITTER_S, ranks)
+            clock = np.asarray(clock + generator.uniform(0.0, JITTER_S, ranks))
             clock = shared_cores(clock, compute_s[:, index], cores)
             clock = network.exchange_s(pair_bytes, clock)
         clock = shared_cores(clock, compute_s[:, len(exchanges)], cores)

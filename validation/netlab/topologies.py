@@ -1,7 +1,8 @@
-"""Emulated networks: what stands where at which rate, the same as a cluster of moesim, and the commands that build it.
+"""Emulated networks: what stands where at which rate, the same as a cluster of moesim, and how it is built.
 
-A host is a namespace. Every link is a veth pair with a token bucket at both ends, so each direction has its rate. Queues
-are so long, and TCP's windows so small, that nothing is ever lost.
+A host is a namespace. Every link is a veth pair with a token bucket at both ends, so each direction has its rate; below
+the bucket, pairs of ranks take turns, as under fair queueing. Queues are so long, and TCP's windows so small, that
+nothing is ever lost. With one first-in-first-out queue per link instead, flows share it unevenly and by chance.
 """
 
 from __future__ import annotations
@@ -253,9 +254,7 @@ def cluster_document(topology: LabTopology) -> dict[str, Any]:
     }
 
 
-def _levels(
-    topology: LabTopology, rate: dict[str, Any], hop: dict[str, Any], source: str
-) -> list[dict[str, Any]]:
+def _levels(topology: LabTopology, rate: dict[str, Any], hop: dict[str, Any], source: str) -> list[dict[str, Any]]:
     is_nodes = topology.kind == "nodes"
     node = topology.group if is_nodes else 1
     inside = _figure(f"{topology.host_rate / 1e6:g} Mb/s", source)

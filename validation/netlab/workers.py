@@ -198,4 +198,3 @@ def _join(session: Session, host: Host) -> None:
     distributed.init_process_group(
         "gloo", rank=session.rank, world_size=len(session.hosts), timeout=timedelta(seconds=PATIENCE_S)
     )
-
