@@ -117,7 +117,7 @@ def lab_cases(rate: float) -> tuple[list[CollectiveCase], list[StepCase]]:
         for kind, sizes in (
             ("all_to_all", (256, 1024, 2048)),
             ("all_reduce", (256, 1024, 2048)),
-            ("all_gather", (256, 1024)),
+            ("all_gather", (256, 1024, 2048)),
             ("point_to_point", (LATENCY_BYTES / KIB, 1024)),
         )
         for size in sizes

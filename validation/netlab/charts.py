@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from validation.netlab.reports import Report
 
 ROW_PIXELS = 21
+FONT = {"size": SMALL_FONT_SIZE}
 STYLES = {
     "collective": ("Collectives, predicted", BLUE, "circle"),
     "step": ("Training steps, predicted", VERMILION, "square"),
@@ -63,20 +64,19 @@ def lab_figure(rows: Sequence[Row]) -> Any:
             hovertemplate="%{y}<br>%{text}<extra></extra>",
         )
     figure.update_xaxes(
-        title={"text": "Predicted over measured, less one, in %; bars: fastest and slowest repetition"},
+        title={"text": "Predicted over measured, less one, in %; bars: fastest and slowest repetition", "font": FONT},
         range=[-widest, widest],
         gridcolor=RULE,
         zerolinecolor=MUTED,
         zerolinewidth=2,
-        tickfont={"size": SMALL_FONT_SIZE},
+        tickfont=FONT,
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], tickfont={"size": SMALL_FONT_SIZE})
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], range=[-1, len(names)], tickfont=FONT)
     return figure
 
 
 def _name(row: Row) -> str:
-    size = f", {row.num_bytes / 1024:,.0f} KiB" if row.num_bytes else ""
-    return f"{row.network}: {row.case.replace('_', ' ')}{size}"
+    return ", ".join(filter(None, (f"{row.network}: {row.case.replace('_', ' ')}", row.size)))
 
 
 def _spread(rows: Sequence[Row], colour: str) -> dict[str, Any]:

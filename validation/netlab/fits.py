@@ -12,6 +12,8 @@ from validation.netlab.measurements import MeasuredCollective
 from validation.netlab.predictions import LibraryConstants, Predictor
 
 START = LibraryConstants(5e-4, 5e-4, 5e-4, 5e-4, 0.95, 0.95, 0.95)
+NOISE = 0.01
+"""Relative error beyond which a case counts less and less: medians of repetitions scatter by this much."""
 MOST_LATENCY_S, LEAST_FRACTION = 0.1, 0.3
 STAGES = (
     (("point_to_point",), ("message_s", "message_fraction")),
@@ -65,7 +67,7 @@ def _fitted(
         return _errors(replace(constants, **dict(zip(names, inside, strict=True))), measured)
 
     scale = np.where(is_latency, 1e-3, 0.1)
-    found = least_squares(errors, start, bounds=bounds, x_scale=scale, loss="soft_l1", f_scale=0.05)
+    found = least_squares(errors, start, bounds=bounds, x_scale=scale, loss="cauchy", f_scale=NOISE)
     return replace(constants, **dict(zip(names, found.x.tolist(), strict=True)))
 
 

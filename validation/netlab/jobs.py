@@ -14,9 +14,15 @@ FLOAT_BYTES = 4
 
 
 def time_collective(
-    session: Session, kind: str, num_bytes: int, arrival_s: FloatArray, pair_bytes: FloatArray | None = None
+    session: Session,
+    kind: str,
+    num_bytes: int,
+    arrival_s: FloatArray,
+    *,
+    pair_bytes: FloatArray | None = None,
+    warms_up: bool = True,
 ) -> FloatArray:
-    """Seconds from the common start until this rank is through, (n_repeats,); one run before is not counted.
+    """Seconds from the common start until this rank is through, (n_repeats,).
 
     Parameters
     ----------
@@ -31,15 +37,17 @@ def time_collective(
         How long after the common start each rank calls.
     pair_bytes : ndarray of shape (n_ranks, n_ranks), optional
         Bytes of each pair, where the all-to-all is not even.
+    warms_up : bool
+        Whether a run before is not counted.
     """
     operation = _operation(session, kind, num_bytes, pair_bytes)
-    seconds = []
-    for mine in [arrival_s[0, session.rank], *arrival_s[:, session.rank]]:
+    seconds, skipped = [], int(warms_up)
+    for mine in [*arrival_s[:skipped, session.rank], *arrival_s[:, session.rank]]:
         start = session.start_together()
         time.sleep(max(start + mine - time.monotonic(), 0.0))
         operation()
         seconds.append(time.monotonic() - start)
-    return np.array(seconds[1:])
+    return np.array(seconds[skipped:])
 
 
 def _operation(session: Session, kind: str, num_bytes: int, pair_bytes: FloatArray | None) -> Any:

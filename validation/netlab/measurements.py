@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +10,14 @@ import numpy as np
 from moesim.structure.columns import FloatArray
 from validation.netlab.cases import STEP_SHAPE, CollectiveCase, StepCase, arrivals
 from validation.netlab.jobs import time_collective
-from validation.netlab.moe_steps import time_compute, time_steps
+from validation.netlab.moe_steps import time_compute, time_step
 from validation.netlab.probes import Probe, assert_rates
 from validation.netlab.topologies import LabTopology, emulated
 from validation.netlab.workers import Workers, workers
 
 Progress = Callable[[str], None]
-LATENCY_REPEATS = 41
-COMPUTE_REPEATS = 5
+LATENCY_REPEATS = 6
+"""Repetitions in each round of what is all latency."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,16 @@ class Measurements:
 def measure_all(
     collectives: Sequence[CollectiveCase], steps: Sequence[StepCase], repeats: int, progress: Progress
 ) -> Measurements:
-    """Build each network once and measure every case on it.
+    """Build each network once and measure every case on it, round by round.
+
+    A round measures each case once, so that whatever disturbs the machine for seconds disturbs one repetition of each.
 
     Parameters
     ----------
     collectives, steps : sequence
         Cases.
     repeats : int
-        Of each; latencies are repeated more often.
+        Rounds.
     progress : callable
         Told what is being measured.
 
@@ -88,9 +90,31 @@ def measure_all(
         progress(f"{topology.name}: {len(here)} collectives, {len(steps_here)} training steps")
         with emulated(topology) as hosts, workers(hosts) as group:
             found.probes[topology.name] = assert_rates(topology, group)
-            found.collectives.extend(measure_collective(group, case, repeats) for case in here)
-            found.steps.extend(_measured_steps(group, steps_here, repeats))
+            rounds = [_round(group, here, steps_here, number, repeats) for number in range(repeats)]
+        for index, case in enumerate(here):
+            parts = [one.collectives[index] for one in rounds]
+            seconds, arrival_s = (np.concatenate([getattr(part, of) for part in parts]) for of in PARTS)
+            found.collectives.append(MeasuredCollective(case, seconds, arrival_s))
+        for index, step in enumerate(steps_here):
+            seconds = np.concatenate([one.steps[index].seconds for one in rounds])
+            compute_s = np.median([one.steps[index].compute_s for one in rounds], axis=0)
+            found.steps.append(MeasuredStep(step, seconds, compute_s))
     return found
+
+
+PARTS = ("seconds", "arrival_s")
+
+
+def _round(
+    group: Workers, collectives: Sequence[CollectiveCase], steps: Sequence[StepCase], number: int, repeats: int
+) -> Measurements:
+    """Every case of a network once; the first round warms up."""
+    is_first = number == 0
+    return Measurements(
+        {},
+        [_measured_collective(group, case, number, repeats, warms_up=is_first) for case in collectives],
+        [_measured_step(group, case, warms_up=is_first) for case in steps],
+    )
 
 
 def networks_of(collectives: Sequence[CollectiveCase], steps: Sequence[StepCase]) -> list[LabTopology]:
@@ -99,22 +123,25 @@ def networks_of(collectives: Sequence[CollectiveCase], steps: Sequence[StepCase]
     return list(dict.fromkeys(named))
 
 
-def measure_collective(group: Workers, case: CollectiveCase, repeats: int) -> MeasuredCollective:
-    """Time one case from the common start."""
-    arrival_s = arrivals(case, LATENCY_REPEATS if case.is_latency else repeats)
+def _measured_collective(
+    group: Workers, case: CollectiveCase, number: int, repeats: int, *, warms_up: bool
+) -> MeasuredCollective:
+    arrival_s = arrivals(case, repeats)[[number]]
+    if case.is_latency:
+        arrival_s = arrival_s.repeat(LATENCY_REPEATS, axis=0)
     seconds = group.slowest_s(
         time_collective,
         kind=case.kind,
         num_bytes=case.num_bytes,
         arrival_s=arrival_s,
         pair_bytes=case.pair_bytes() if case.preset else None,
+        warms_up=warms_up,
     )
     return MeasuredCollective(case, seconds, arrival_s)
 
 
-def _measured_steps(group: Workers, cases: Sequence[StepCase], repeats: int) -> Iterator[MeasuredStep]:
-    for case in cases:
-        tokens = case.tokens()
-        compute_s = group.run(time_compute, tokens=tokens, shape=STEP_SHAPE, repeats=COMPUTE_REPEATS)[0]
-        seconds = group.slowest_s(time_steps, tokens=tokens, shape=STEP_SHAPE, repeats=repeats)
-        yield MeasuredStep(case, seconds, compute_s)
+def _measured_step(group: Workers, case: StepCase, *, warms_up: bool) -> MeasuredStep:
+    tokens = case.tokens()
+    compute_s = group.run(time_compute, tokens=tokens, shape=STEP_SHAPE)[0]
+    seconds = group.slowest_s(time_step, tokens=tokens, shape=STEP_SHAPE, warms_up=warms_up)
+    return MeasuredStep(case, np.atleast_1d(seconds), compute_s)

@@ -15,8 +15,6 @@ import numpy as np
 from moesim.structure.columns import FloatArray, IntArray
 from validation.netlab.workers import Session
 
-WARM_UP = 1
-
 
 @dataclass(frozen=True)
 class StepShape:
@@ -181,32 +179,31 @@ def _exchange(rows: Any, communication: Communication, sends: Sequence[int], rec
     return Exchange.apply(rows)
 
 
-def time_steps(session: Session, tokens: IntArray, shape: StepShape, repeats: int) -> FloatArray:
-    """Seconds of whole steps from the common start until this rank is through, (n_repeats,)."""
-    step, gloo, seconds = MoeStep(session.rank, tokens, shape), Gloo(), []
-    for _ in range(repeats + WARM_UP):
-        start = session.start_together()
+def time_step(session: Session, tokens: IntArray, shape: StepShape, *, warms_up: bool = True) -> float:
+    """Seconds of a whole step from the common start until this rank is through; one before may go uncounted."""
+    step, gloo = MoeStep(session.rank, tokens, shape), Gloo()
+    if warms_up:
         step(gloo)
-        seconds.append(time.monotonic() - start)
-    return np.array(seconds[WARM_UP:])
+    start = session.start_together()
+    step(gloo)
+    return time.monotonic() - start
 
 
-def time_compute(session: Session, tokens: IntArray, shape: StepShape, repeats: int) -> FloatArray:
+def time_compute(session: Session, tokens: IntArray, shape: StepShape) -> FloatArray:
     """Seconds of the compute before, between and after the messages of a step, for the loads of each rank in turn.
 
     Returns
     -------
     ndarray of shape (n_ranks, n_segments)
-        Medians, measured by rank 0 while all others rest; empty from these.
+        Of the second step of each, measured by rank 0 while all others rest; empty from these.
     """
     if session.rank:
         return np.zeros((0, 0))
-    medians = []
+    measured = []
     for rank in range(len(session.hosts)):
-        step, segments = MoeStep(rank, tokens, shape), []
-        for _ in range(repeats + WARM_UP):
-            alone = Alone()
-            step(alone)
-            segments.append([*alone.segments_s, time.monotonic() - alone.left_s])
-        medians.append(np.median(segments[WARM_UP:], axis=0))
-    return np.array(medians)
+        step = MoeStep(rank, tokens, shape)
+        step(Alone())
+        alone = Alone()
+        step(alone)
+        measured.append([*alone.segments_s, time.monotonic() - alone.left_s])
+    return np.array(measured)

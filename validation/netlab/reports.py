@@ -133,10 +133,9 @@ def _tables(rows: Sequence[Row]) -> list[str]:
 
 
 def _line(row: Row) -> str:
-    size = f"{row.num_bytes / 1024:,.0f} KiB" if row.num_bytes else ""
     spread = f"{row.low_s * 1e3:.1f} to {row.high_s * 1e3:.1f}"
     times = f"{row.measured_s * 1e3:.1f} ms | {spread} | {row.predicted_s * 1e3:.1f} ms"
-    return f"| {row.network} | {row.case} | {size} | {times} | {row.error:+.1%} |"
+    return f"| {row.network} | {row.case} | {row.size} | {times} | {row.error:+.1%} |"
 
 
 def _details(report: Report) -> list[str]:

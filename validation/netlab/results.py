@@ -42,6 +42,13 @@ class Row:
         """Predicted over measured, less one."""
         return self.predicted_s / self.measured_s - 1.0
 
+    @property
+    def size(self) -> str:
+        """Bytes in words; empty for a step."""
+        if not self.num_bytes:
+            return ""
+        return f"{self.num_bytes} B" if self.num_bytes < 1024 else f"{self.num_bytes / 1024:,.0f} KiB"
+
 
 @dataclass(frozen=True)
 class Verdict:

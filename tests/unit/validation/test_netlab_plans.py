@@ -88,6 +88,8 @@ def test_a_fit_gives_back_planted_constants_under_noise_and_an_outlier():
         exact = predicted_s(predictor, MeasuredCollective(case, np.ones(1), arrival_s))
         noisy = exact * (1 + 0.002 * generator.standard_normal(21))
         noisy[::20] *= 5.0  # repetitions that something else delayed
+        if (case.kind, case.num_bytes) == ("all_gather", 256 * 1024):
+            noisy *= 1.3  # and a whole case
         measured.append(MeasuredCollective(case, noisy, arrival_s))
     found = fit_library(measured).constants
     assert found.reduce_fraction == pytest.approx(PLANTED.reduce_fraction, rel=0.01)

@@ -29,10 +29,17 @@ from validation.netlab.namespaces import signals_as_exceptions
 from validation.netlab.topologies import LabTopology, emulated
 from validation.netlab.workers import workers
 
+
+def rest(session):
+    time.sleep(60)
+
+
 if __name__ == "__main__":
     topology = LabTopology("tree", 4, 40e6, 2)
     try:
-        with signals_as_exceptions(), emulated(topology) as hosts, workers(hosts, joins_gloo=False):
+        with signals_as_exceptions(), emulated(topology) as hosts, workers(hosts, joins_gloo=False) as group:
+            group.tell(rest)  # a rank at work does not notice by itself that the run is gone
+            time.sleep(0.3)
             print("ready", flush=True)
             time.sleep(60)
     except KeyboardInterrupt:
@@ -54,6 +61,7 @@ def test_a_short_run_fits_predicts_and_writes_its_report(lab, tmp_path, capsys):
     code = main(["--short", "--rate", "60Mb/s", "--repeats", "3", "--out", str(tmp_path)])
     answer = json.loads((tmp_path / "results.json").read_text())
     errors = {row["part"]: abs(row["error"]) for row in sorted(answer["rows"], key=lambda row: abs(row["error"]))}
+    assert {name: len(links) for name, links in answer["probes"].items()} == {"flat_4": 1, "tree_2x2_2to1": 3}
     assert code == (0 if all(one["is_met"] for one in answer["verdicts"]) else 1)
     assert errors["collective"] < 0.5  # worst of a part; a busy machine may miss the tolerances of a full run
     assert errors["step"] < 0.5
@@ -68,9 +76,10 @@ def test_a_short_run_fits_predicts_and_writes_its_report(lab, tmp_path, capsys):
 def test_a_network_that_is_slower_than_it_says_is_refused(lab, monkeypatch):
     topology = LabTopology("flat", 2, SLOW_RATE)
     monkeypatch.setattr(probes, "TRIES", 1)
-    with emulated(LabTopology("flat", 2, SLOW_RATE / 2)) as hosts, workers(hosts, joins_gloo=False) as group:
-        with pytest.raises(ScenarioError, match=r"flat_2: plain TCP moves 1\d\.\d Mb/s over a host link") as caught:
-            assert_rates(topology, group)
+    slower = LabTopology("flat", 2, SLOW_RATE / 2)
+    refusal = pytest.raises(ScenarioError, match=r"flat_2: plain TCP moves 1\d\.\d Mb/s over a host link")
+    with emulated(slower) as hosts, workers(hosts, joins_gloo=False) as group, refusal as caught:
+        assert_rates(topology, group)
     assert "lower --rate" in caught.value.problems[0].remedy
 
 
@@ -103,9 +112,10 @@ def test_nothing_stays_behind_when_a_run_is_killed(lab, number, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_fails_is_named_with_its_last_words(lab):
-    with emulated(LabTopology("flat", 2, SLOW_RATE)) as hosts, workers(hosts, joins_gloo=False) as group:
-        with pytest.raises(ScenarioError, match=r"rank 0: .*no collective is called 'gossip'"):
-            group.run(_unknown_collective)
+    topology = LabTopology("flat", 2, SLOW_RATE)
+    failure = pytest.raises(ScenarioError, match=r"rank 0: .*no collective is called 'gossip'")
+    with emulated(topology) as hosts, workers(hosts, joins_gloo=False) as group, failure:
+        group.run(_unknown_collective)
 
 
 def _unknown_collective(session):
