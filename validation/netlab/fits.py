@@ -82,4 +82,4 @@ def predicted_s(predictor: Predictor, measured: MeasuredCollective) -> float:
     pair_bytes = case.pair_bytes()
     if pair_bytes is None:
         return network.collective_s(case.kind, float(case.num_bytes))
-    return float(np.median([network.exchange_s(pair_bytes, row).max() for row in measured.arrival_s]))
+    return float(np.median([network.exchange_s(pair_bytes, row) for row in measured.arrival_s]))

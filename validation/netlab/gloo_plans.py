@@ -11,7 +11,7 @@ idle links take the time of n - 1 + floor(n/2) messages in any order of arrival;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,14 +30,6 @@ PLANS: dict[str, tuple[CollectiveKind, str]] = {
 }
 """Kind and algorithm of moesim that each of gloo's collectives is; its reduce-scatter is an all-reduce of everything,
 of which each rank keeps its part (torch 2.13: it takes the time of one)."""
-
-
-@dataclass(frozen=True)
-class ExchangeTimes:
-    """When each rank has sent and received everything, and when all have; seconds on the clock of the arrivals."""
-
-    rank_s: FloatArray
-    makespan_s: float
 
 
 PREAMBLE_BYTES = 48.0
@@ -59,7 +51,7 @@ def exchange_flows(pair_bytes: FloatArray, arrival_s: FloatArray, notice_s: floa
     Returns
     -------
     Flows
-        Two per pair of ranks, in the order of ``exchange_ends``.
+        Two per pair of ranks: all from the later to the earlier, then all back.
 
     Examples
     --------
@@ -90,22 +82,22 @@ def exchange_flows(pair_bytes: FloatArray, arrival_s: FloatArray, notice_s: floa
 
 def exchange_times(
     topology: Topology,
-    pair_bytes: FloatArray,
-    arrival_s: FloatArray,
+    exchanges: Sequence[FloatArray],
+    arrivals_s: Sequence[FloatArray],
     link_fractions: LinkFractions,
     *,
     notice_s: float = 0.0,
-) -> ExchangeTimes:
-    """Run an all-to-all on the wires of a cluster.
+) -> FloatArray:
+    """Run all-to-alls on the wires of a cluster, of which one may begin while another is not through everywhere.
 
     Parameters
     ----------
     topology : Topology
         Wires; rank = device.
-    pair_bytes : ndarray of shape (n, n)
-        Bytes of each pair.
-    arrival_s : ndarray of shape (n,)
-        When each rank calls.
+    exchanges : sequence of ndarray of shape (n, n)
+        Bytes of each pair, per exchange.
+    arrivals_s : sequence of ndarray of shape (n,)
+        When each rank calls, per exchange.
     link_fractions : mapping
         Part of the bandwidth that TCP's payload reaches, per tier.
     notice_s : float
@@ -113,15 +105,16 @@ def exchange_times(
 
     Returns
     -------
-    ExchangeTimes
-        A rank is through when its last byte has left and the last has come; not before it called.
+    ndarray of shape (n_exchanges, n)
+        When each rank is through: its last byte has left and the last has come, not before it called.
     """
-    flows = exchange_flows(pair_bytes, arrival_s, notice_s)
-    result = simulate_flows(topology, flows, link_fractions=link_fractions)
-    rank_s = arrival_s.astype(np.float64)
-    for ends in (flows.source, flows.target):
-        np.maximum.at(rank_s, ends, result.finish_s)
-    return ExchangeTimes(rank_s, float(rank_s.max()))
+    parts = [exchange_flows(*one, notice_s) for one in zip(exchanges, arrivals_s, strict=True)]
+    finish = simulate_flows(topology, Flows.together(parts), link_fractions=link_fractions).finish_s
+    through = np.array(arrivals_s, dtype=np.float64)
+    for rank_s, flows, ends_s in zip(through, parts, finish.reshape(len(parts), -1), strict=True):
+        np.maximum.at(rank_s, flows.source, ends_s)
+        np.maximum.at(rank_s, flows.target, ends_s)
+    return through
 
 
 def plan_wire_s(topology: Topology, kind: str, num_bytes: float, link_fractions: LinkFractions) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PROFILES = Path(__file__).parent / "profiles"
 LIBRARY = "gloo_tcp"
 STACK = "gloo_tcp"
 HOST_DEVICE = "netlab_host"
+SHORTEST_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,22 @@ class Network:
             return rates.exchange
         return rates.message if kind == "point_to_point" else rates.reduction
 
-    def exchange_s(self, pair_bytes: FloatArray, arrival_s: FloatArray) -> FloatArray:
-        """When each rank is through with an all-to-all, (n_ranks,); the latency is that of a group's exchange."""
+    def exchanges_s(self, exchanges: Sequence[FloatArray], arrivals_s: Sequence[FloatArray]) -> FloatArray:
+        """When each rank is through with each of some all-to-alls that share the wires, (n_exchanges, n_ranks).
+
+        The library's latency comes on top of each, as it does for the group as a whole.
+        """
         fractions, notice_s = self.link_fractions("all_to_all"), float(self.protocol("point_to_point").base_s) / 2
-        times = exchange_times(self.topology, pair_bytes, arrival_s, fractions, notice_s=notice_s)
-        mean_bytes = max(float(pair_bytes.sum()) / self.ranks, 1.0)
-        last = float(arrival_s.max())
-        added = self.seconds("all_to_all", mean_bytes, max(times.makespan_s - last, 1e-9)) + last - times.makespan_s
-        return np.asarray(times.rank_s + added)
+        through = exchange_times(self.topology, exchanges, arrivals_s, fractions, notice_s=notice_s)
+        for rank_s, pair_bytes, arrival_s in zip(through, exchanges, arrivals_s, strict=True):
+            mean_bytes = max(float(pair_bytes.sum()) / self.ranks, 1.0)
+            wire_s = max(float(rank_s.max() - arrival_s.max()), SHORTEST_S)
+            rank_s += self.seconds("all_to_all", mean_bytes, wire_s) - wire_s
+        return through
+
+    def exchange_s(self, pair_bytes: FloatArray, arrival_s: FloatArray) -> float:
+        """When all ranks are through with one all-to-all."""
+        return float(self.exchanges_s([pair_bytes], [arrival_s]).max())
 
     def collective_s(self, kind: str, num_bytes: float) -> float:
         """Seconds of a collective that all ranks start together."""

@@ -16,6 +16,7 @@ FLOAT_BYTES = 4
 DRAWS = 7
 JITTER_S = 1e-4
 """In which order ranks of equal loads get a core is chance: when a sleeping thread wakes scatters by this much."""
+PASSES = 3
 SLICE_S = 0.004
 """Linux takes a core away at a tick, of which there are 250 a second."""
 
@@ -100,12 +101,30 @@ def predicted_step(
     reduction_s = network.collective_s("all_reduce", float(shared))
     generator, ends = np.random.default_rng(0), []
     for _ in range(DRAWS):
-        clock: FloatArray = np.zeros(ranks)
-        for index, pair_bytes in enumerate(exchanges):
-            clock = np.asarray(clock + generator.uniform(0.0, JITTER_S, ranks))
-            clock = shared_cores(clock, compute_s[:, index], cores)
-            clock = network.exchange_s(pair_bytes, clock)
+        jitter_s = generator.uniform(0.0, JITTER_S, (len(exchanges), ranks))
+        clock = _through_exchanges(network, exchanges, compute_s, jitter_s, cores)
         clock = shared_cores(clock, compute_s[:, len(exchanges)], cores)
         clock = np.full(ranks, clock.max() + reduction_s)
         ends.append(float(shared_cores(clock, compute_s[:, -1], cores).max()))
     return StepPrediction(float(np.median(ends)), float(compute_s.sum(axis=1).max()))
+
+
+def _through_exchanges(
+    network: Network, exchanges: list[FloatArray], compute_s: FloatArray, jitter_s: FloatArray, cores: int
+) -> FloatArray:
+    """When each rank is through with the last exchange, (n_ranks,).
+
+    A rank that is through early goes on and calls the next exchange, whose bytes share the wires with what is left of
+    the one before; that one then ends later, and with it the others call later: a few passes settle it.
+    """
+    arrivals: list[FloatArray] = []
+    through = np.zeros((1, len(jitter_s[0])))
+    for index in range(len(exchanges)):
+        first = max(index - 1, 0)
+        arrivals.append(np.zeros(0))
+        before = through[-1]
+        for _ in range(PASSES):
+            arrivals[index] = shared_cores(before + jitter_s[index], compute_s[:, index], cores)
+            through = network.exchanges_s(exchanges[first : index + 1], arrivals[first:])
+            before = through[0] if index else before
+    return np.asarray(through[-1])

@@ -37,15 +37,15 @@ def test_an_all_to_all_takes_n_minus_1_and_half_n_messages_in_any_order_of_arriv
     pair_bytes = np.full((ranks, ranks), 1e6 - PREAMBLE_BYTES)
     for _ in range(5):
         arrival_s = 1e-9 * generator.permutation(ranks)
-        times = exchange_times(wires, pair_bytes, arrival_s, {})
-        assert times.makespan_s == pytest.approx(0.1 * (ranks - 1 + ranks // 2), rel=1e-6)
+        times = exchange_times(wires, [pair_bytes], [arrival_s], {})
+        assert times.max() == pytest.approx(0.1 * (ranks - 1 + ranks // 2), rel=1e-6)
 
 
 def test_ranks_that_call_at_once_exchange_both_ways_at_once():
     wires = network(LabTopology("flat", 6, RATE)).topology
     pair_bytes = np.full((6, 6), 1e6 - PREAMBLE_BYTES)
-    times = exchange_times(wires, pair_bytes, 1e-6 * np.arange(6), {}, notice_s=1e-3)
-    assert times.makespan_s == pytest.approx(0.5, rel=1e-4)
+    times = exchange_times(wires, [pair_bytes], [1e-6 * np.arange(6)], {}, notice_s=1e-3)
+    assert times.max() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_bytes_never_leave_before_their_rank_calls():
@@ -53,9 +53,18 @@ def test_bytes_never_leave_before_their_rank_calls():
     hot = np.zeros((4, 4))
     hot[1:, 0] = 1e6
     arrival_s = np.array([7.0, 5.0, 5.001, 5.002])
-    times = exchange_times(wires, hot, arrival_s, {})
-    assert times.makespan_s == pytest.approx(7.3, rel=1e-4)
-    assert (times.rank_s >= arrival_s).all()
+    times = exchange_times(wires, [hot], [arrival_s], {})
+    assert times.max() == pytest.approx(7.3, rel=1e-4)
+    assert (times >= arrival_s).all()
+
+
+def test_exchanges_that_overlap_share_the_wires():
+    wires = network(LabTopology("flat", 4, RATE)).topology
+    one_way = np.zeros((4, 4))
+    one_way[0, 1] = 1e6
+    both = exchange_times(wires, [one_way, one_way], [np.zeros(4), np.zeros(4)], {})
+    assert both.max() == pytest.approx(0.2, rel=1e-3)
+    assert both[:, 2:].max() < 0.001  # others are through at once
 
 
 def test_an_oversubscribed_uplink_is_what_an_all_to_all_waits_for():
@@ -63,7 +72,7 @@ def test_an_oversubscribed_uplink_is_what_an_all_to_all_waits_for():
     scarce = network(LabTopology("tree", 8, RATE, 4, oversubscription=4.0)).topology
     pair_bytes = np.full((8, 8), 1e6)
     arrival_s = 1e-6 * np.arange(8)
-    fast, slow = (exchange_times(wires, pair_bytes, arrival_s, {}).makespan_s for wires in (even, scarce))
+    fast, slow = (exchange_times(wires, [pair_bytes], [arrival_s], {}).max() for wires in (even, scarce))
     assert fast == pytest.approx(1.1, rel=1e-3)
     assert slow >= 4 * 4 * 1e6 / 10e6  # four hosts send four others a megabyte each through one link
 
@@ -134,6 +143,11 @@ def test_a_step_is_its_compute_and_its_messages():
     exchange_s = 64 * 1024 / 10e6 * 5
     reduction_s = flat.collective_s("all_reduce", 256 * (256 + 16) * 4)
     assert step.seconds == pytest.approx(6 * 0.020 + 4 * exchange_s + reduction_s, rel=0.05)
+    hot = token_matrix("W2", 8, 128)
+    pairs = network(LabTopology("nodes", 8, RATE, 2, inside_rate=2 * RATE))
+    rows = rows_of_pairs(hot, 8)
+    least_s = 4 * rows[2:, :2].sum() * 1024 / 10e6  # into the hot node's one link, again and again
+    assert predicted_step(pairs, hot, shape, np.zeros((8, 6)), 8).seconds > least_s
     busy = predicted_step(flat, tokens, shape, compute_s, 2)
     assert busy.seconds > step.seconds + 5 * 0.020
 
