@@ -36,6 +36,7 @@ ERROR_CODES: dict[str, str] = {
     "E-NET-001": "a network in which some devices cannot reach others",
     "E-NET-002": "a link without bandwidth",
     "E-NET-003": "traffic that does not fit the network: ranks, groups or bytes",
+    "E-NET-004": "a machine on which the network lab cannot run, or a rank of it that failed",
     "E-OUT-001": "an output that cannot be written",
     "E-CLI-001": "a command line that cannot be understood",
     "E-RUN-001": "processes of a measurement that did not find or lost each other",

@@ -81,7 +81,7 @@ class Device(Description):
     schema_version: Literal[1]
     id: Identifier
     name: str
-    vendor: Literal["nvidia", "amd", "google"]
+    vendor: Literal["nvidia", "amd", "google", "other"]
     generation: Identifier
     devices_per_chip: Count
     compute_units: NumberFigure

@@ -1,0 +1,1 @@
+"""Comparisons of moesim with what was measured and published."""
