@@ -13,8 +13,10 @@ from moesim.units import format_quantity
 
 if TYPE_CHECKING:
     from moesim.estimation.simulated_step import Fractions, SimulatedStep
+    from moesim.estimation.step_contention import Contention
 
 MAX_STAGES = 32
+SHOWN_LINKS = 6
 LARGE_DIFFERENCE = 1e-6
 
 
@@ -39,6 +41,8 @@ def print_simulation(answer: SimulatedStep) -> None:
     console = _console()
     _print_draws(console, answer)
     _print_losses(console, answer)
+    if answer.contention is not None:
+        _print_contention(console, answer.contention)
     _print_ranks(console, answer)
     _print_agreement(console, answer)
 
@@ -64,9 +68,33 @@ def _print_losses(console: Console, answer: SimulatedStep) -> None:
         ("pipeline bubbles and transfers", losses.bubble_s),
         ("imbalance of the drawn loads", losses.imbalance_s),
         ("stragglers: slow devices, links, hosts", losses.stragglers_s),
+        ("contention on shared links", losses.contention_s),
     ):
+        if name.startswith("contention") and answer.contention is None:
+            continue
         table.add_row(name, seconds(value), f"{value / step:.1%}")
     console.print(table)
+
+
+def _print_contention(console: Console, contention: Contention) -> None:
+    closed_s = contention.closed_step_time_s
+    console.print("\nCollectives that share links, at even load and added to every draw")
+    console.print(f"  each on links of its own: {seconds(closed_s)}; on shared ones: {seconds(contention.step_time_s)}")
+    console.print(f"  contention {_added(contention.sharing_s, closed_s)}")
+    if contention.faults_s:
+        console.print(f"  slow and flapping links {_added(contention.faults_s, closed_s, plural=True)}")
+    if not contention.busiest_links:
+        return
+    console.print("\nBusiest links: how long what a rank sends would fill its share")
+    table = _table("", ["", "", "of the step"])
+    for link in contention.busiest_links[:SHOWN_LINKS]:
+        table.add_row(f"stage {link.stage}, {link.level}", seconds(link.busy_s), f"{link.busy_fraction:.1%}")
+    console.print(table)
+
+
+def _added(added_s: float, step_s: float, *, plural: bool = False) -> str:
+    verb = "add" if plural else "adds"
+    return f"{verb} {added_s / step_s:.2%} ({seconds(added_s)})" if added_s else f"{verb} nothing"
 
 
 def _print_ranks(console: Console, answer: SimulatedStep) -> None:
@@ -98,7 +126,8 @@ def _print_agreement(console: Console, answer: SimulatedStep) -> None:
     agreement = answer.agreement
     difference = abs(agreement.relative_difference)
     verdict = "the same" if difference < LARGE_DIFFERENCE else f"{agreement.relative_difference:+.2%}"
+    links = "" if answer.contention is None else ", on links of their own"
     console.print(
-        f"\nAt the load that estimate prices: {seconds(agreement.event_driven_s)} event by event, "
+        f"\nAt the load that estimate prices{links}: {seconds(agreement.event_driven_s)} event by event, "
         f"{seconds(agreement.analytical_s)} analytically ({verdict})."
     )
