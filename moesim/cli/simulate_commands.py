@@ -289,7 +289,7 @@ def _write_files(request: _Request, loaded: LoadedScenario, answer: SimulatedSte
     if answer.recording is None:
         return
     if answer.contention is not None:
-        print("the pictures show collectives on links of their own", file=sys.stderr)
+        print("recorded ranks have links of their own: what sharing adds is not in the files", file=sys.stderr)
     if request.timeline is not None:
         from moesim.formats.chrome_trace import write_simulated_trace
 

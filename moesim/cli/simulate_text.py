@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from moesim.cli.text import _console, _table, print_estimates, seconds
+from moesim.structure.placement import rank_ranges
 from moesim.units import format_quantity
 
 if TYPE_CHECKING:
     from moesim.estimation.simulated_step import Fractions, SimulatedStep
-    from moesim.estimation.step_contention import Contention
+    from moesim.estimation.step_contention import BusyLink, Contention
 
 MAX_STAGES = 32
 SHOWN_LINKS = 6
 LARGE_DIFFERENCE = 1e-6
+NOTED_DIFFERENCE = 0.01
 
 
 @contextmanager
@@ -57,6 +59,10 @@ def _print_draws(console: Console, answer: SimulatedStep) -> None:
     for name, value in answer.quantiles_s.items():
         table.add_row(name, seconds(value), format_quantity(peaks[name], "bytes"))
     console.print(table)
+    priced = answer.estimate.memory.peak
+    if any(abs(peak / priced - 1.0) > NOTED_DIFFERENCE for peak in peaks.values()):
+        load = "the load that estimate prices"
+        console.print(f"The table of memory above is for {load}: {format_quantity(priced, 'bytes')}.")
 
 
 def _print_losses(console: Console, answer: SimulatedStep) -> None:
@@ -87,8 +93,13 @@ def _print_contention(console: Console, contention: Contention) -> None:
         return
     console.print("\nBusiest links: how long what a rank sends would fill its share")
     table = _table("", ["", "", "of the step"])
-    for link in contention.busiest_links[:SHOWN_LINKS]:
-        table.add_row(f"stage {link.stage}, {link.level}", seconds(link.busy_s), f"{link.busy_fraction:.1%}")
+    alike: dict[tuple[str, str], list[BusyLink]] = {}
+    for link in contention.busiest_links:
+        alike.setdefault((link.level, seconds(link.busy_s)), []).append(link)
+    for (level, busy), links in list(alike.items())[:SHOWN_LINKS]:
+        stages = rank_ranges(sorted(link.stage for link in links))
+        name = f"stage {stages}, {level}" if len(links) == 1 else f"stages {stages}, {level}"
+        table.add_row(name, busy, f"{links[0].busy_fraction:.1%}")
     console.print(table)
 
 

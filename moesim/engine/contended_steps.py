@@ -382,11 +382,12 @@ class _Run:
             yield from self._wait(stage, piece.category, done)
 
     def _end_process(self, stage: int, end: StepEnd) -> Process:
-        for wait in (
+        waits: list[Wait] = [
             *self.stages[stage].reductions,
             self.transfers.reduction(stage, end.reduction_s - end.hidden_reduction_s),
             self.transfers.gather(stage, end.gather_s - end.hidden_gather_s),
-        ):
+        ]
+        for wait in waits:
             yield from self._wait(stage, "data_parallel", wait)
         yield end.optimizer_s
         yield end.host_s

@@ -110,6 +110,11 @@ class SimulatedStep:
         return self.draws < self.draws_asked
 
     @property
+    def recorded_step_time_s(self) -> float:
+        """Step time of the first draw as it is recorded, with links of their own for all collectives."""
+        return float(self.step_times_s[0]) - (0.0 if self.contention is None else self.contention.contention_s)
+
+    @property
     def quantiles_s(self) -> dict[str, float]:
         """Quantiles of the step time over draws."""
         return quantiles_s(self.step_times_s)

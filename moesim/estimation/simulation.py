@@ -243,9 +243,7 @@ class _Found(NamedTuple):
     contention: Contention | None
 
 
-def _answer(
-    loaded: LoadedScenario, world: UnevenSteps, sums: _Sums, asked: _Asked, found: _Found
-) -> SimulatedStep:
+def _answer(loaded: LoadedScenario, world: UnevenSteps, sums: _Sums, asked: _Asked, found: _Found) -> SimulatedStep:
     as_priced = prepare_step(loaded.system, loaded.columns)
     step, evaluation = world.step, as_priced.evaluation
     exposed, hidden = sums.means(sums.exposed_s), sums.means(sums.hidden_s)
@@ -319,7 +317,8 @@ def _shares(exposed_s: Mapping[str, FloatArray], stage: int) -> FloatArray:
     parts = np.zeros((3, exposed_s["host"].shape[1]))
     for name, seconds in exposed_s.items():
         parts[1 if name in COMMUNICATION else 2 if name in WAITING else 0] += seconds[stage]
-    return np.asarray(parts / parts.sum(axis=0))
+    shares = parts / parts.sum(axis=0)
+    return np.where(np.abs(shares) > ROUNDING, shares, 0.0)
 
 
 def _stage_fractions(exposed_s: Mapping[str, FloatArray], stage: int, ranks: int) -> StageFractions:

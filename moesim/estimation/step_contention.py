@@ -110,9 +110,7 @@ def find_contention(step: PreparedStep, perturbations: Perturbations, *, seed: i
         sharing_s=_unless_rounding(healthy.contention_s, closed_s),
         faults_s=_unless_rounding(found.step_time_s - healthy.step_time_s, closed_s),
         busiest_links=_busiest(step, found),
-        added_s={
-            name: np.where(abs(part) > ROUNDING * closed_s, part, 0.0) for name, part in found.added_s.items()
-        },
+        added_s={name: np.where(abs(part) > ROUNDING * closed_s, part, 0.0) for name, part in found.added_s.items()},
     )
 
 

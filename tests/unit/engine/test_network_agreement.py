@@ -1,7 +1,7 @@
-"""Closed forms stand for transfers and flows: on every shipped scenario and 200 random ones, to 1 %, but where groups meet.
+"""Closed forms stand for transfers and flows within 1 %, on every shipped scenario and 200 random ones.
 
-Three networks price the collectives of a step: closed forms, transfers on the ports of a stage, and flows on the wires of
-the cluster. Where each group has links of its own they must agree; where groups share links the difference is known.
+Three networks price the collectives of a step: closed forms, transfers on the ports of a stage, and flows on the wires
+of the cluster. Where each group has links of its own they must agree; where groups share links the difference is known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from moesim.engine.event_kernel import EventKernel
 from moesim.engine.flow_contention import FlowContention
 from moesim.engine.shared_links import LinkTransfer, SharedLinks
 from moesim.engine.step_passes import PreparedStep, prepare_step
-from moesim.engine.step_transfers import step_transfers
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario, load
 from moesim.resources import shipped_scenarios
@@ -112,7 +111,7 @@ def relation(fabric: FabricRates, groups: Groups) -> Literal["private", "interle
 
 
 def test_flows_on_the_wires_take_the_closed_form_where_groups_have_links_of_their_own():
-    """Interleaved ones are never faster; those across domains have other extents than the closed form's even ones."""
+    """Interleaved groups are never faster; those across domains have other extents than the closed form's."""
     contention: dict[tuple[str, str, int], FlowContention] = {}
     ratios: dict[str, dict[object, float | None]] = {"private": {}, "interleaved": {}, "straddling": {}}
     for step in steps():
