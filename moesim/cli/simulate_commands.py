@@ -29,7 +29,7 @@ class _Request:
     scenario: str
     assignments: Sequence[str]
     profiles: Sequence[Path]
-    network: Literal["closed", "flow"]
+    network: Literal["closed", "flow", "shared"]
     schedule: str | None
     draws: int
     seed: int
@@ -90,8 +90,12 @@ def simulate(
         str | None, typer.Option("--host-jitter", metavar="TIME", help='Mean lateness of hosts per pass: "50 us".')
     ] = None,
     network: Annotated[
-        Literal["closed", "flow"],
-        typer.Option("--network", help="Collectives by closed form, or with contention simulated on the real wires."),
+        Literal["closed", "flow", "shared"],
+        typer.Option(
+            "--network",
+            help="Collectives by closed form; with the contention of their own groups on the real wires; or with all "
+            "traffic of a rank on the same ports.",
+        ),
     ] = "closed",
     profiles: Annotated[
         list[Path] | None,
@@ -164,7 +168,7 @@ def _checked(request: _Request) -> tuple[LoadedScenario, tuple[int, ...], Pertur
         )
     if problems or perturbations is None:
         raise ScenarioError(problems)
-    return with_network(loaded, request.network), ranks, perturbations
+    return with_network(loaded, "flow" if request.network == "flow" else "closed"), ranks, perturbations
 
 
 def _option_problem(option: str, message: str, remedy: str) -> Problem:
@@ -255,6 +259,7 @@ def _simulated(
             perturbations=perturbations,
             ranks=ranks,
             records=request.timeline is not None or request.chart is not None,
+            shares_links=request.network == "shared",
             advance=advance,
         )
 
@@ -283,6 +288,8 @@ def _print_answer(answer: SimulatedStep, loaded: LoadedScenario, *, as_json: boo
 def _write_files(request: _Request, loaded: LoadedScenario, answer: SimulatedStep) -> None:
     if answer.recording is None:
         return
+    if answer.contention is not None:
+        print("recorded ranks have links of their own: what sharing adds is not in the files", file=sys.stderr)
     if request.timeline is not None:
         from moesim.formats.chrome_trace import write_simulated_trace
 

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from moesim.cli.text import _console, _table, print_estimates, seconds
+from moesim.structure.placement import rank_ranges
 from moesim.units import format_quantity
 
 if TYPE_CHECKING:
     from moesim.estimation.simulated_step import Fractions, SimulatedStep
+    from moesim.estimation.step_contention import BusyLink, Contention
 
 MAX_STAGES = 32
+SHOWN_LINKS = 6
 LARGE_DIFFERENCE = 1e-6
+NOTED_DIFFERENCE = 0.01
 
 
 @contextmanager
@@ -39,6 +43,8 @@ def print_simulation(answer: SimulatedStep) -> None:
     console = _console()
     _print_draws(console, answer)
     _print_losses(console, answer)
+    if answer.contention is not None:
+        _print_contention(console, answer.contention)
     _print_ranks(console, answer)
     _print_agreement(console, answer)
 
@@ -53,6 +59,10 @@ def _print_draws(console: Console, answer: SimulatedStep) -> None:
     for name, value in answer.quantiles_s.items():
         table.add_row(name, seconds(value), format_quantity(peaks[name], "bytes"))
     console.print(table)
+    priced = answer.estimate.memory.peak
+    if any(abs(peak / priced - 1.0) > NOTED_DIFFERENCE for peak in peaks.values()):
+        load = "the load that estimate prices"
+        console.print(f"The table of memory above is for {load}: {format_quantity(priced, 'bytes')}.")
 
 
 def _print_losses(console: Console, answer: SimulatedStep) -> None:
@@ -64,9 +74,38 @@ def _print_losses(console: Console, answer: SimulatedStep) -> None:
         ("pipeline bubbles and transfers", losses.bubble_s),
         ("imbalance of the drawn loads", losses.imbalance_s),
         ("stragglers: slow devices, links, hosts", losses.stragglers_s),
+        ("contention on shared links", losses.contention_s),
     ):
+        if name.startswith("contention") and answer.contention is None:
+            continue
         table.add_row(name, seconds(value), f"{value / step:.1%}")
     console.print(table)
+
+
+def _print_contention(console: Console, contention: Contention) -> None:
+    closed_s = contention.closed_step_time_s
+    console.print("\nCollectives that share links, at even load and added to every draw")
+    console.print(f"  each on links of its own: {seconds(closed_s)}; on shared ones: {seconds(contention.step_time_s)}")
+    console.print(f"  contention {_added(contention.sharing_s, closed_s)}")
+    if contention.faults_s:
+        console.print(f"  slow and flapping links {_added(contention.faults_s, closed_s, plural=True)}")
+    if not contention.busiest_links:
+        return
+    console.print("\nBusiest links: how long what a rank sends would fill its share")
+    table = _table("", ["", "", "of the step"])
+    alike: dict[tuple[str, str], list[BusyLink]] = {}
+    for link in contention.busiest_links:
+        alike.setdefault((link.level, seconds(link.busy_s)), []).append(link)
+    for (level, busy), links in list(alike.items())[:SHOWN_LINKS]:
+        stages = rank_ranges(sorted(link.stage for link in links))
+        name = f"stage {stages}, {level}" if len(links) == 1 else f"stages {stages}, {level}"
+        table.add_row(name, busy, f"{links[0].busy_fraction:.1%}")
+    console.print(table)
+
+
+def _added(added_s: float, step_s: float, *, plural: bool = False) -> str:
+    verb = "add" if plural else "adds"
+    return f"{verb} {added_s / step_s:.2%} ({seconds(added_s)})" if added_s else f"{verb} nothing"
 
 
 def _print_ranks(console: Console, answer: SimulatedStep) -> None:
@@ -98,7 +137,8 @@ def _print_agreement(console: Console, answer: SimulatedStep) -> None:
     agreement = answer.agreement
     difference = abs(agreement.relative_difference)
     verdict = "the same" if difference < LARGE_DIFFERENCE else f"{agreement.relative_difference:+.2%}"
+    links = "" if answer.contention is None else ", on links of their own"
     console.print(
-        f"\nAt the load that estimate prices: {seconds(agreement.event_driven_s)} event by event, "
+        f"\nAt the load that estimate prices{links}: {seconds(agreement.event_driven_s)} event by event, "
         f"{seconds(agreement.analytical_s)} analytically ({verdict})."
     )

@@ -31,6 +31,7 @@ from moesim.engine.stream_times import ChunkPass, Scope, Stretch, TimedOperation
 from moesim.errors import SimulationError
 from moesim.structure.columns import Columns, FloatArray
 from moesim.structure.pipeline_orders import FORWARD, WEIGHT_GRADIENT
+from moesim.structure.step_graph import CATEGORIES
 
 TieOrder = Literal["first_in", "last_in"]
 Network = Literal["closed", "shared"]
@@ -68,6 +69,8 @@ class ContendedStep:
         Passes, as ``PreparedStep.nodes`` numbers them.
     link_busy_s : ndarray of shape (stages, n_levels)
         For how long the share of a rank would be full with what it sent.
+    added_s : dict of str to ndarray of shape (stages,)
+        By category of an answer: what of it is longer than on links of its own; sums to ``contention_s`` on each stage.
     num_events : int
         Events of the kernel.
     """
@@ -78,6 +81,7 @@ class ContendedStep:
     start_s: FloatArray
     end_s: FloatArray
     link_busy_s: FloatArray
+    added_s: dict[str, FloatArray]
     num_events: int
 
     @property
@@ -132,6 +136,7 @@ def contended_step(
         start_s=run.start_s,
         end_s=run.end_s,
         link_busy_s=transfers.ports.busy_s(run.links.carried),
+        added_s={name: seconds - closed.waited_s[name] for name, seconds in run.waited_s.items()},
         num_events=run.kernel.num_events,
     )
 
@@ -189,9 +194,13 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Compute of ``seconds`` with transfers beside it, or one transfer in line; ``joins`` what runs beside it."""
+    """Compute of ``seconds`` with transfers beside it, or one transfer in line; ``joins`` what runs beside it.
+
+    ``category`` is where an answer counts the transfer, or the wait for the last that runs beside.
+    """
 
     seconds: float = 0.0
+    category: str = ""
     transfer: LinkTransfer | None = None
     beside: tuple[LinkTransfer, ...] = ()
     joins: bool = True
@@ -227,6 +236,7 @@ class _Run:
         self.ends = step.step_ends()
         self.start_s, self.end_s = np.full((2, len(self.nodes)), np.nan)
         self.finish_s = np.full(step.stages, np.nan)
+        self.waited_s = {name: np.zeros(step.stages) for name in CATEGORIES}
         self.arrived = [_Signal() for _ in range(len(self.nodes))]
         self.dependents: dict[int, list[int]] = {}
         for node, needed in enumerate(self.nodes.needs.tolist()):
@@ -249,6 +259,13 @@ class _Run:
         self.links.check_idle()
         if np.isnan(self.finish_s).any():
             raise SimulationError("a stage waits for ever")
+        self.waited_s["pipeline_bubble"] += self.step_time_s - self.finish_s
+
+    def _wait(self, stage: int, category: str, wait: Wait) -> Process:
+        """Wait, and count for what."""
+        began = self.kernel.now
+        yield wait
+        self.waited_s[category][stage] += self.kernel.now - began
 
     def _resume(self, process: Process) -> None:
         """Let a process go on until it has to wait for something."""
@@ -300,7 +317,7 @@ class _Run:
     def _stage_process(self, stage: int) -> Process:
         for turn in self._turns(stage):
             for node in turn:
-                yield self.arrived[node]
+                yield from self._wait(stage, "pipeline_bubble", self.arrived[node])
             for node in turn:
                 self.start_s[node] = self.kernel.now
                 self._begin_reduction(stage, node)
@@ -339,7 +356,7 @@ class _Run:
         zero_done = None
         if part.zero_s:
             exposed_s, hidden_s = (float(value.ravel()[0]) for value in zero_parts_s(part))
-            yield self.transfers.pass_state(stage, key[2], exposed_s)
+            yield from self._wait(stage, "data_parallel", self.transfers.pass_state(stage, key[2], exposed_s))
             if hidden_s:
                 zero_done = lanes.data_parallel.submit(self.transfers.pass_state(stage, key[2], hidden_s))
         if key not in self.pieces:
@@ -347,27 +364,31 @@ class _Run:
         for stretch, pieces in zip(part.stretches, self.pieces[key], strict=True):
             began = self.kernel.now
             for piece in pieces:
-                yield from self._piece_process(lanes, piece)
-            yield began + float(stretch.host_s.ravel()[0]) - self.kernel.now
+                yield from self._piece_process(stage, piece)
+            yield from self._wait(stage, "host", began + float(stretch.host_s.ravel()[0]) - self.kernel.now)
             yield stretch.synchronisation_s
         if zero_done is not None and not part.later_s.any():
-            yield zero_done
+            yield from self._wait(stage, "data_parallel", zero_done)
 
-    def _piece_process(self, lanes: _Stage, piece: _Piece) -> Process:
+    def _piece_process(self, stage: int, piece: _Piece) -> Process:
         done = None
         for transfer in piece.beside:
-            done = lanes.beside.submit(transfer)
+            done = self.stages[stage].beside.submit(transfer)
         if piece.transfer is not None:
-            yield piece.transfer
+            yield from self._wait(stage, piece.category, piece.transfer)
         else:
             yield piece.seconds
         if done is not None and piece.joins:
-            yield done
+            yield from self._wait(stage, piece.category, done)
 
     def _end_process(self, stage: int, end: StepEnd) -> Process:
-        yield from self.stages[stage].reductions
-        yield self.transfers.reduction(stage, end.reduction_s - end.hidden_reduction_s)
-        yield self.transfers.gather(stage, end.gather_s - end.hidden_gather_s)
+        waits: list[Wait] = [
+            *self.stages[stage].reductions,
+            self.transfers.reduction(stage, end.reduction_s - end.hidden_reduction_s),
+            self.transfers.gather(stage, end.gather_s - end.hidden_gather_s),
+        ]
+        for wait in waits:
+            yield from self._wait(stage, "data_parallel", wait)
         yield end.optimizer_s
         yield end.host_s
 
@@ -391,7 +412,8 @@ class _Run:
             if run_s > 0.0:
                 part = run_s / compute_s
                 beside = tuple(self.transfers.operation(stage, timed.operation, part * s) for timed, s in hidden)
-                pieces.append(_Piece(seconds=run_s, beside=beside, joins=fits))
+                category = hidden[-1][0].category if hidden else ""
+                pieces.append(_Piece(seconds=run_s, category=category, beside=beside, joins=fits))
             run_s = 0.0
 
         for timed in scope:
@@ -400,7 +422,8 @@ class _Run:
                 run_s += seconds
             elif seconds > 0.0:
                 close_run()
-                pieces.append(_Piece(transfer=self.transfers.operation(stage, timed.operation, seconds)))
+                transfer = self.transfers.operation(stage, timed.operation, seconds)
+                pieces.append(_Piece(category=timed.category, transfer=transfer))
         close_run()
         return pieces
 

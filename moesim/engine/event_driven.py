@@ -105,7 +105,7 @@ class SimulatedRun:
         When each has run its last pass, and when its update is done.
     exposed_s, hidden_s : dict of str to ndarray of shape (n_draws, stages, columns)
         By category of ``structure.step_graph.CATEGORIES``; exposed parts sum to the step time on every rank, where
-        ``imbalance`` has what a rank waits for others in collectives and ``pipeline_bubble`` what it waits for passes.
+        ``imbalance`` has what a rank waits for others of its stage and ``pipeline_bubble`` what it waits for passes.
     operations : int
         Operations that all columns ran in all draws.
     timeline : Timeline or None
@@ -310,6 +310,7 @@ def _totals(
         add(category, np.array(seconds)[None, :, None])
     add("optimizer", end.optimizer_s)
     add("pipeline_p2p", times.transfer_s.swapaxes(0, 1))
+    add("imbalance", end_s.max(axis=2, keepdims=True) - end_s)  # for the slowest update of the stage
     step_time_s = end_s.max(axis=(1, 2))[:, None, None]
     add("pipeline_bubble", step_time_s - sum(exposed.values(), np.zeros_like(end_s)))
     hidden["data_parallel"] = (

@@ -12,7 +12,8 @@ group is simulated once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -63,20 +64,29 @@ class FlowContention:
 
     def _factor(self, kind: CollectiveKind, size: int, stride: int) -> float:
         if (kind, size, stride) not in self._known:
-            self._known[kind, size, stride] = self._simulated(kind, size, stride)
+            self._known[kind, size, stride] = max(self.flows_over_closed_form(kind, size, stride) or 1.0, 1.0)
         return self._known[kind, size, stride]
 
-    def _simulated(self, kind: CollectiveKind, size: int, stride: int) -> float:
-        """Flows over closed form; 1 for groups that do not fill the job or their levels evenly."""
+    def flows_over_closed_form(self, kind: CollectiveKind, size: int, stride: int) -> float | None:
+        """Wire time of the flows of all groups at once over that of the closed form.
+
+        None for broadcasts and for groups that do not fill the job or their levels evenly: they are not simulated.
+        """
         group = ProcessGroup(np.array([float(size)]), np.array([float(stride)]))
         extents = group_extents(group, self.fabric.sizes)
         if size < 2 or self.num_ranks % (size * stride) or np.prod(extents) != size or kind == "broadcast":
-            return 1.0
+            return None
         traffic = GroupTraffic(np.array([LONG_BYTES]), extents)
-        demand = algorithms_of(kind)[ALGORITHMS[kind]].demand(kind, traffic, self.fabric)
+        demand = algorithms_of(kind)[ALGORITHMS[kind]].demand(kind, traffic, self._as_routed)
         closed = float(wire_time_s(demand, self._bandwidths(kind))[0])
         flows = self._exchange_s(size, stride) if kind == "all_to_all" else self._steps_s(kind, size, stride, extents)
-        return max(flows / closed, 1.0) if closed > 0 else 1.0
+        return flows / closed if closed > 0 else None
+
+    @cached_property
+    def _as_routed(self) -> FabricRates:
+        """The fabric whose all-to-alls go the shorter way round, as flows do, whatever the library makes of them."""
+        levels = tuple(replace(level, all_to_all_wraps=level.wraps) for level in self.fabric.levels)
+        return replace(self.fabric, levels=levels)
 
     def _bandwidths(self, kind: CollectiveKind) -> list[float]:
         return [level.bandwidth * self._fraction(kind, index) for index, level in enumerate(self.fabric.levels)]

@@ -54,10 +54,12 @@ class LinkTransfer:
 class FlappingLink:
     """A capacity that falls again and again: ``low_fraction`` of it for ``low_s`` from ``first_s`` in every period.
 
+    It may have fallen before the start, by up to a period.
+
     Raises
     ------
     ValueError
-        If a time is not positive, the link is low for a period or longer, or the fraction is not in [0, 1].
+        If a duration is not positive, the link is low for a period or longer, or the fraction is not in [0, 1].
     """
 
     period_s: float
@@ -66,10 +68,10 @@ class FlappingLink:
     first_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0.0 < self.low_s < self.period_s and self.first_s >= 0.0 and 0.0 <= self.low_fraction <= 1.0):
-            raise ValueError(
-                f"a link flaps with 0 < low_s < period_s, first_s >= 0 and 0 <= low_fraction <= 1, not {self}"
-            )
+        is_possible = 0.0 < self.low_s < self.period_s and 0.0 <= self.low_fraction <= 1.0
+        if not (is_possible and self.first_s >= -self.period_s):
+            limits = "0 < low_s < period_s, first_s >= -period_s and 0 <= low_fraction <= 1"
+            raise ValueError(f"a link flaps with {limits}, not {self}")
 
     def change_s(self, index: int) -> float:
         """Time of a change: falls have even indices, rises odd ones."""

@@ -86,15 +86,17 @@ def link_factors(
     for slow in perturbations.slow_links:
         factors[:, ranks(slow), number[slow.level]] *= slow.factor
     if perturbations.flapping_links:
-        phases = np.stack([_phases(seed, step, len(perturbations.flapping_links)) for step in steps])
+        phases = np.stack([flapping_phases(perturbations, seed, step) for step in steps])
         for index, flapping in enumerate(perturbations.flapping_links):
             share = slow_share(flapping, phases[:, index], step_s)
             factors[:, ranks(flapping), number[flapping.level]] *= (1.0 - share * (1.0 - flapping.factor))[:, None]
     return factors
 
 
-def _phases(seed: int, step: int, count: int) -> FloatArray:
-    return np.random.default_rng([seed, step, 0, 0, FLAPPING_STREAM]).random(count)
+def flapping_phases(perturbations: Perturbations, seed: int, step: int) -> FloatArray:
+    """Phases of the flapping links in a draw, shape (n_links,), in [0, 1): parts of a period, as in ``slow_share``."""
+    generator = np.random.default_rng([seed, step, 0, 0, FLAPPING_STREAM])
+    return generator.random(len(perturbations.flapping_links))
 
 
 def degraded(hardware: Hardware, factors: Sequence[float]) -> Hardware:
@@ -187,17 +189,20 @@ class LossAttribution:
         What the drawn loads add to that.
     stragglers_s : float
         What slow devices, slow links and late hosts add to that.
+    contention_s : float
+        What collectives that share healthy links add, found at even load.
     """
 
     work_s: float
     bubble_s: float
     imbalance_s: float
     stragglers_s: float
+    contention_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """Mean step time."""
-        return self.work_s + self.bubble_s + self.imbalance_s + self.stragglers_s
+        return self.work_s + self.bubble_s + self.imbalance_s + self.stragglers_s + self.contention_s
 
 
 def loss_attribution(even_s: float, bubble_s: float, drawn_s: FloatArray, perturbed_s: FloatArray) -> LossAttribution:

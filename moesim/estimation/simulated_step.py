@@ -8,6 +8,7 @@ from typing import Any
 from moesim.engine.memory_timeline import MemoryTimeline
 from moesim.engine.timelines import Timeline
 from moesim.engine.uneven_world import LossAttribution, quantiles_s
+from moesim.estimation.step_contention import Contention
 from moesim.estimation.step_estimate import StepEstimate
 from moesim.structure.columns import FloatArray
 from moesim.structure.placement import rank_ranges
@@ -81,7 +82,9 @@ class SimulatedStep:
     agreement : Agreement
         Of both engines where nothing is drawn.
     recording : Recording or None
-        Timeline and memory of those ranks, where asked for.
+        Timeline and memory of those ranks, where asked for; collectives have links of their own there.
+    contention : Contention or None
+        What collectives lose that share links, where asked for. It is in all times above but the agreement.
     """
 
     estimate: StepEstimate
@@ -94,6 +97,7 @@ class SimulatedStep:
     ranks: tuple[RecordedRank, ...]
     agreement: Agreement
     recording: Recording | None = None
+    contention: Contention | None = None
 
     @property
     def draws(self) -> int:
@@ -104,6 +108,11 @@ class SimulatedStep:
     def is_interrupted(self) -> bool:
         """Whether draws are missing."""
         return self.draws < self.draws_asked
+
+    @property
+    def recorded_step_time_s(self) -> float:
+        """Step time of the first draw as it is recorded, with links of their own for all collectives."""
+        return float(self.step_times_s[0]) - (0.0 if self.contention is None else self.contention.contention_s)
 
     @property
     def quantiles_s(self) -> dict[str, float]:
@@ -117,6 +126,7 @@ class SimulatedStep:
 
     def to_json(self) -> dict[str, Any]:
         """The answer with the keys of ``estimate`` and those of draws and ranks, ready for ``json.dumps``."""
+        contention = {} if self.contention is None else {"contention": self.contention.to_json()}
         return {
             **self.estimate.to_json(),
             "quantiles_s": self.quantiles_s,
@@ -128,6 +138,7 @@ class SimulatedStep:
             "agreement": asdict(self.agreement),
             "stages": [asdict(stage) for stage in self.stages],
             "ranks": [_rank_json(rank) for rank in self.ranks],
+            **contention,
         }
 
 

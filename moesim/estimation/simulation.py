@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from moesim.engine.memory_timeline import loaded_contents, memory_timeline
 from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.timelines import Timeline
 from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
-from moesim.engine.uneven_world import loss_attribution
+from moesim.engine.uneven_world import LossAttribution, loss_attribution
 from moesim.errors import Problem, ScenarioError
 from moesim.estimation.estimate import (
     NetworkModel,
@@ -36,10 +36,12 @@ from moesim.estimation.simulated_step import (
     SimulatedStep,
     StageFractions,
 )
+from moesim.estimation.step_contention import Contention, find_contention
 from moesim.estimation.step_estimate import AnswerWarning, RoutingAnswer
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import CATEGORIES
 
+SimulatedNetwork = NetworkModel | Literal["shared"]
 ENGINE = "event_driven"
 COMMUNICATION: tuple[str, ...] = ("all_to_all", "tensor_parallel", "context_parallel", "data_parallel")
 WAITING: tuple[str, ...] = ("host", "imbalance", "pipeline_bubble", "pipeline_p2p")
@@ -105,7 +107,7 @@ def simulate(
     ranks: Sequence[int] = (),
     records: bool = False,
     profiles: Sequence[Path] = (),
-    network: NetworkModel = "closed",
+    network: SimulatedNetwork = "closed",
 ) -> SimulatedStep:
     """Simulate a step of a scenario on every rank.
 
@@ -124,7 +126,7 @@ def simulate(
     profiles : sequence of Path
         Directories of hardware profiles that go before the shipped ones.
     network : str
-        As for ``estimate``.
+        As for ``estimate``, or ``shared``: as for :func:`simulate_loaded`.
 
     Returns
     -------
@@ -137,12 +139,13 @@ def simulate(
         If the scenario is wrong; see ``load_scenario``.
     """
     return simulate_loaded(
-        with_network(load_any(scenario, profiles), network),
+        with_network(load_any(scenario, profiles), "closed" if network == "shared" else network),
         draws=draws,
         seed=seed,
         perturbations=perturbations,
         ranks=ranks,
         records=records,
+        shares_links=network == "shared",
     )
 
 
@@ -154,6 +157,7 @@ def simulate_loaded(
     perturbations: Perturbations | None = None,
     ranks: Sequence[int] = (),
     records: bool = False,
+    shares_links: bool = False,
     advance: Advance | None = None,
 ) -> SimulatedStep:
     """Simulate a loaded, legal scenario.
@@ -172,6 +176,9 @@ def simulate_loaded(
         Ranks to report on; with ``records`` and none given, the first of each stage.
     records : bool
         Whether to record the timeline and the memory of these ranks in the first draw.
+    shares_links : bool
+        Whether collectives and messages that run at once share ports. What that adds is found on the step at even load,
+        with slow and flapping links as capacities over time there, and added to every draw.
     advance : callable, optional
         Called with draws done and draws in all after each batch.
 
@@ -185,12 +192,15 @@ def simulate_loaded(
     KeyboardInterrupt
         If no draw was finished before.
     ScenarioError
-        If the ranks would record more than ``MOST_EVENTS`` operations.
+        If the ranks would record more than ``MOST_EVENTS`` operations, or two links flap on one shared port.
     """
-    world = UnevenSteps(loaded.system, loaded.columns, perturbations, seed=seed)
+    given = perturbations or Perturbations()
+    apart = replace(given, slow_links=(), flapping_links=()) if shares_links else given
+    world = UnevenSteps(loaded.system, loaded.columns, apart, seed=seed)
     shown = tuple(ranks) or (_first_ranks(world.step) if records else ())
     if records:
         _check_size(world, shown)
+    contention = find_contention(world.step, given, seed=seed) if shares_links else None
     sums, timeline = _Sums(), None
     batch = 1
     try:
@@ -206,7 +216,7 @@ def simulate_loaded(
     except KeyboardInterrupt:
         if not sums.step_times_s:
             raise
-    return _answer(loaded, world, sums, _Asked(draws, seed, shown), timeline)
+    return _answer(loaded, world, sums, _Asked(draws, seed, shown), _Found(timeline, contention))
 
 
 def _check_size(world: UnevenSteps, ranks: Sequence[int]) -> None:
@@ -228,14 +238,21 @@ class _Asked(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def _answer(
-    loaded: LoadedScenario, world: UnevenSteps, sums: _Sums, asked: _Asked, timeline: Timeline | None
-) -> SimulatedStep:
+class _Found(NamedTuple):
+    timeline: Timeline | None
+    contention: Contention | None
+
+
+def _answer(loaded: LoadedScenario, world: UnevenSteps, sums: _Sums, asked: _Asked, found: _Found) -> SimulatedStep:
     as_priced = prepare_step(loaded.system, loaded.columns)
     step, evaluation = world.step, as_priced.evaluation
     exposed, hidden = sums.means(sums.exposed_s), sums.means(sums.hidden_s)
+    step_times_s, (timeline, contention) = np.array(sums.step_times_s), found
+    if contention is not None:
+        exposed = contention.added_to(exposed)
+        step_times_s = step_times_s + contention.contention_s
     critical = int(evaluation.critical_stage[evaluation.pass_case[0]])
-    step_time_s = float(np.mean(sums.step_times_s))
+    step_time_s = float(step_times_s.mean())
     analytical = analytical_step(loaded, evaluation)
     times = PricedStep(
         engine=ENGINE,
@@ -249,24 +266,36 @@ def _answer(
     recording = None if timeline is None else _recording(world, timeline, asked.ranks)
     estimate = step_answer(loaded, evaluation, times)
     warnings = [*estimate.warnings, *_warnings(timeline, sums, estimate.memory.capacity)]
-    waits = ("pipeline_bubble", "pipeline_p2p")
+    network = estimate.network if contention is None else "shared"
+    routing = _routing(loaded, estimate.routing, sums)
     return SimulatedStep(
-        estimate=replace(estimate, routing=_routing(loaded, estimate.routing, sums), warnings=warnings),
+        estimate=replace(estimate, network=network, routing=routing, warnings=warnings),
         draws_asked=asked.draws,
         seed=asked.seed,
-        step_times_s=np.array(sums.step_times_s),
+        step_times_s=step_times_s,
         peak_memory_bytes=np.array(sums.peak_bytes),
-        losses=loss_attribution(
-            float(world.even.step_time_s[0]),
-            sum(float(world.even.exposed_s[name][0, critical].mean()) for name in waits),
-            np.array(sums.drawn_times_s),
-            np.array(sums.step_times_s),
-        ),
+        losses=_losses(world, sums, critical, contention),
         stages=tuple(_stage_fractions(exposed, stage, step.ranks.count) for stage in range(step.stages)),
         ranks=tuple(_recorded_ranks(step, exposed, asked.ranks, recording)),
         agreement=Agreement(analytical.step_time_s, priced_s, priced_s / analytical.step_time_s - 1.0),
         recording=recording,
+        contention=contention,
     )
+
+
+def _losses(world: UnevenSteps, sums: _Sums, critical: int, contention: Contention | None) -> LossAttribution:
+    """Losses on private links; slow links that are shared are stragglers too."""
+    waits = ("pipeline_bubble", "pipeline_p2p")
+    losses = loss_attribution(
+        float(world.even.step_time_s[0]),
+        sum(float(world.even.exposed_s[name][0, critical].mean()) for name in waits),
+        np.array(sums.drawn_times_s),
+        np.array(sums.step_times_s),
+    )
+    if contention is None:
+        return losses
+    stragglers_s = losses.stragglers_s + contention.faults_s
+    return replace(losses, stragglers_s=stragglers_s, contention_s=contention.sharing_s)
 
 
 def _of_stage(parts: Mapping[str, FloatArray], stage: int, step_time_s: float) -> dict[str, float]:
@@ -288,7 +317,8 @@ def _shares(exposed_s: Mapping[str, FloatArray], stage: int) -> FloatArray:
     parts = np.zeros((3, exposed_s["host"].shape[1]))
     for name, seconds in exposed_s.items():
         parts[1 if name in COMMUNICATION else 2 if name in WAITING else 0] += seconds[stage]
-    return np.asarray(parts / parts.sum(axis=0))
+    shares = parts / parts.sum(axis=0)
+    return np.where(np.abs(shares) > ROUNDING, shares, 0.0)
 
 
 def _stage_fractions(exposed_s: Mapping[str, FloatArray], stage: int, ranks: int) -> StageFractions:

@@ -148,7 +148,7 @@ def write_simulated_trace(answer: SimulatedStep, path: str | Path) -> int:
         "scenario": answer.estimate.scenario,
         "engine": answer.estimate.engine,
         "seed": answer.seed,
-        "step_time_s": float(answer.step_times_s[0]),
+        "step_time_s": answer.recorded_step_time_s,
     }
     recording = answer.recording
     return write_chrome_trace(recording.timeline, path, processes=processes, memory=recording.memory, other_data=facts)

@@ -78,7 +78,7 @@ def write_timeline_chart(loaded: LoadedScenario, answer: SimulatedStep, path: st
 
 
 def _timeline_remarks(answer: SimulatedStep) -> list[tuple[str, str]]:
-    first_s = float(answer.step_times_s[0])
+    first_s = answer.recorded_step_time_s
     remarks = [
         ("", "Forward passes are lighter than what follows them. Drag along a panel to enlarge a part of it."),
         (
@@ -87,6 +87,12 @@ def _timeline_remarks(answer: SimulatedStep) -> list[tuple[str, str]]:
             " fainter where it takes little.",
         ),
     ]
+    if answer.contention is not None:
+        added_s = answer.contention.contention_s
+        text = (
+            f"collectives have links of their own here; {time_scale(added_s).text(added_s)} of sharing is in the header"
+        )
+        remarks.append(("shared links", text))
     if answer.draws > 1:
         text = (
             f"this is the first of {answer.draws} draws, {time_scale(first_s).text(first_s)}; the header has the mean"

@@ -16,7 +16,7 @@ COMMANDS = [line for line in PAGE.splitlines() if line.startswith("moesim ")]
 
 
 def test_the_page_has_examples() -> None:
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 6
 
 
 @pytest.mark.parametrize("line", COMMANDS)

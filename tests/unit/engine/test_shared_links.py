@@ -116,7 +116,7 @@ def test_the_next_change_is_the_first_one_later(now_s):
     assert index == 0 or flaps.change_s(index - 1) <= now_s
 
 
-@pytest.mark.parametrize("wrong", [{"low_s": 2.0}, {"low_s": 0.0}, {"low_fraction": 1.5}, {"first_s": -1.0}])
+@pytest.mark.parametrize("wrong", [{"low_s": 2.0}, {"low_s": 0.0}, {"low_fraction": 1.5}, {"first_s": -3.0}])
 def test_a_link_that_never_rises_is_refused(wrong):
     with pytest.raises(ValueError, match="a link flaps with"):
         FlappingLink(**({"period_s": 2.0, "low_s": 1.0} | wrong))
