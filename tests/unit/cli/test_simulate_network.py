@@ -126,3 +126,11 @@ def test_python_answers_as_the_command(capsys: pytest.CaptureFixture[str]) -> No
     found = simulate(SHARED_NIC, network="shared")
     assert found.contention is not None
     assert found.to_json() == answered(capsys, SHARED_NIC, "--network", "shared")
+
+
+def test_without_a_pipeline_waiting_for_the_slowest_is_imbalance(capsys: pytest.CaptureFixture[str]) -> None:
+    """To the end of its update: the others' step is over when that of the slow rank is."""
+    answer = answered(capsys, SHARED_NIC, "--slow-rank", "17=1.3", "--ranks", "0,17")
+    assert answer["breakdown_s"]["pipeline_bubble"]["exposed"] == pytest.approx(0.0, abs=1e-12)
+    assert answer["breakdown_s"]["imbalance"]["exposed"] > 0.9 * answer["losses_s"]["stragglers"]
+    assert min(rank["idle_fraction"] for rank in answer["ranks"]) >= 0.0
