@@ -10,7 +10,7 @@ import pytest
 from moesim.cli import main
 from moesim.describe.hardware_library import HardwareLibrary
 
-MEASURED = str(Path(__file__).parents[3] / "validation" / "measurements" / "h200_sxm_torch2.11.jsonl")
+MEASURED = str(Path(__file__).parents[3] / "validation" / "measurements" / "h200_sxm/single_gpu_torch2.11.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def problems(path: Path):
 
 
 def test_every_case_of_a_measured_file_is_read_with_its_session():
-    measured = read_measurements(ROOT / "validation" / "measurements" / "h200_sxm_torch2.11.jsonl")
+    measured = read_measurements(ROOT / "validation" / "measurements" / "h200_sxm/single_gpu_torch2.11.jsonl")
     assert len(measured.cases) == 1001
     assert measured.device_names == ("NVIDIA H200",)
     assert [case.split("/")[0] for case, _ in measured.skipped] == ["attention", "attention"]

@@ -13,7 +13,7 @@ from moesim.study.kernel_pricing import operation_seconds
 from moesim.study.measured_operations import map_case
 from moesim.study.measurement_comparison import judge
 
-MEASURED = Path(__file__).parents[3] / "validation" / "measurements" / "h200_sxm_torch2.11.jsonl"
+MEASURED = Path(__file__).parents[3] / "validation" / "measurements" / "h200_sxm/single_gpu_torch2.11.jsonl"
 
 
 def test_all_kinds_of_operations_priced_together_take_what_each_takes_alone():

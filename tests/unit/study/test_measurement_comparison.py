@@ -19,7 +19,7 @@ from moesim.study.measurement_comparison import compare_measurements, judge
 from moesim.study.measurement_report import comparison_markdown
 
 ROOT = Path(__file__).parents[3]
-MEASURED = ROOT / "validation" / "measurements" / "h200_sxm_torch2.11.jsonl"
+MEASURED = ROOT / "validation" / "measurements" / "h200_sxm/single_gpu_torch2.11.jsonl"
 LAYER = {"tokens": 4096, "hidden": 2048, "inner": 768, "experts": 128, "experts_per_token": 8}
 HEADS = {"batch": 1, "length": 4096, "heads": 32, "kv_heads": 4, "head_size": 128}
 
@@ -169,7 +169,7 @@ def test_a_step_is_the_estimate_of_its_scenario_and_more_blocks_and_batches_take
 def test_steps_and_layers_of_one_rank_are_predicted_within_a_tenth_without_a_fit_and_their_memory_within_a_twentieth():
     judged_by = judge("h200_sxm", "pytorch_grouped_mm_nccl", HardwareLibrary())
     for name, suite in (("train_step", "train_step"), ("moe_layer", "moe_layer"), ("memory", "memory")):
-        file = MEASURED.with_name(f"h200_sxm_torch2.11_{name}.jsonl")
+        file = MEASURED.with_name(f"{name}_torch2.11.jsonl")
         comparison = compare_measurements(read_measurements(file), judged_by)
         assert comparison.by_suite()[suite].median < 0.1
         if name == "memory":

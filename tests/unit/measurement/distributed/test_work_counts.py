@@ -181,7 +181,7 @@ def test_the_formula_of_kept_bytes_is_what_autograd_keeps(dtype: str, changes: d
     assert held.peak > held.state + held.kept
 
 
-HELD = ROOT / "validation" / "measurements" / "h200_sxm_torch2.11_memory.jsonl"
+HELD = ROOT / "validation" / "measurements" / "h200_sxm/memory_torch2.11.jsonl"
 
 
 def test_the_formula_of_held_bytes_is_what_an_h200_held() -> None:
