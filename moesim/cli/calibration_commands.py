@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moesim.cli.options import JsonOption, ProfilesOption, SampleOption
+
 if TYPE_CHECKING:
     from moesim.describe.hardware_library import HardwareLibrary
     from moesim.structure.step_graph import CollectiveKind
@@ -35,21 +37,15 @@ def calibrate(
     half: Annotated[
         Literal["all", "fit"], typer.Option("--half", help="fit: leave the judging half of the shapes out.")
     ] = "all",
-    time: Annotated[
-        Literal["median", "minimum"],
-        typer.Option("--time", help="Of the samples of a case; minimum where other programs disturbed them."),
-    ] = "median",
+    time: SampleOption = "median",
     collective: Annotated[
         str | None, typer.Option("--collective", metavar="KIND", help="Of logs that do not name their program.")
     ] = None,
     level: Annotated[
         str, typer.Option("--level", metavar="NAME", help="Links that logs and traces ran over.")
     ] = "links",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    profiles: Annotated[
-        list[Path] | None,
-        typer.Option("--profiles", metavar="DIR", help="Folder of hardware profiles that go before the shipped ones."),
-    ] = None,
+    as_json: JsonOption = False,
+    profiles: ProfilesOption = None,
 ) -> int:
     """Fit a device's constants robustly, say what the cases leave open, and write a profile."""
     from moesim.describe.hardware_library import HardwareLibrary

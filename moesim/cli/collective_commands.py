@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesim.cli.options import JsonOption, ProfilesOption
+
 if TYPE_CHECKING:
     from moesim.study.network_tables import NetworkTable
 
@@ -29,12 +31,9 @@ def network(
     token_matrix: Annotated[
         Path | None, typer.Option("--token-matrix", metavar="FILE.csv", help="Tokens from each rank to each rank.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")] = False,
-    profiles: Annotated[
-        list[Path] | None,
-        typer.Option("--profiles", metavar="DIR", help="Folder of hardware profiles that go before the shipped ones."),
-    ] = None,
+    profiles: ProfilesOption = None,
 ) -> int:
     """Time a collective on a cluster size by size, in a table as nccl-tests prints it."""
     from moesim.describe.hardware_library import HardwareLibrary

@@ -16,6 +16,7 @@ from moesim.cli.collective_commands import network as network_command
 from moesim.cli.collective_validation_commands import validate_collectives_command
 from moesim.cli.comparison_commands import compare as compare_command
 from moesim.cli.network_commands import topology_commands
+from moesim.cli.options import JsonOption, ProfilesOption
 from moesim.cli.simulate_commands import simulate as simulate_command
 from moesim.errors import FormatError, MoesimError, Problem, ScenarioError
 
@@ -48,13 +49,8 @@ application.command(name="calibrate")(calibrate_command)
 application.add_typer(topology_commands, name="topology")
 
 ScenarioArgument = Annotated[str, typer.Argument(help="Scenario file, or the name of a shipped scenario.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set a field; may be repeated.")
-]
-ProfilesOption = Annotated[
-    list[Path] | None,
-    typer.Option("--profiles", metavar="DIR", help="Folder of hardware profiles that go before the shipped ones."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The chart to write.")]
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from moesim.cli import EXIT_TOLERANCE
+from moesim.cli.options import JsonOption, ProfilesOption, SampleOption
 
 
 def compare(
@@ -23,10 +24,7 @@ def compare(
         Literal["all", "fit", "judge"],
         typer.Option("--half", help="Shapes that shipped constants were fitted on, or those that judge them."),
     ] = "all",
-    time: Annotated[
-        Literal["median", "minimum"],
-        typer.Option("--time", help="Of the samples of a case; minimum where other programs disturbed them."),
-    ] = "median",
+    time: SampleOption = "median",
     tolerance: Annotated[
         float | None,
         typer.Option("--tolerance", min=0.0, help="Exit with 1 if the median error of a suite is above this."),
@@ -35,11 +33,8 @@ def compare(
     chart: Annotated[
         Path | None, typer.Option("--chart", metavar="FILE.html", help="Draw predicted over measured.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    profiles: Annotated[
-        list[Path] | None,
-        typer.Option("--profiles", metavar="DIR", help="Folder of hardware profiles that go before the shipped ones."),
-    ] = None,
+    as_json: JsonOption = False,
+    profiles: ProfilesOption = None,
 ) -> int:
     """Compare predicted with measured times, case by case, worst first."""
     from moesim.describe.hardware_library import HardwareLibrary

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.cli.options import JsonOption, ProfilesOption
 from moesim.errors import Problem, ScenarioError
 
 topology_commands = typer.Typer(help="Networks of clusters: wires, switches, bisection.", no_args_is_help=True)
@@ -26,11 +27,8 @@ def topology_show(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.html", help="Draw the network, or a piece of a large one.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    profiles: Annotated[
-        list[Path] | None,
-        typer.Option("--profiles", metavar="DIR", help="Folder of hardware profiles that go before the shipped ones."),
-    ] = None,
+    as_json: JsonOption = False,
+    profiles: ProfilesOption = None,
 ) -> int:
     """Devices, switches, links by tier, degree, diameter and bisection bandwidth of a cluster's network."""
     from moesim.cli.commands import _library, _print_json

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moesim.cli import EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED
+from moesim.cli.options import JsonOption, ProfilesOption
 from moesim.errors import FormatError, Problem, ScenarioError, nearest_name
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class _Request:
 
 def simulate(
     scenario: Annotated[str, typer.Argument(help="Scenario file, or the name of a shipped scenario.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: JsonOption = False,
     assignments: Annotated[
         Repeated, typer.Option("--set", metavar="PATH=VALUE", help="Set a field; may be repeated.")
     ] = None,
@@ -97,10 +98,7 @@ def simulate(
             "traffic of a rank on the same ports.",
         ),
     ] = "closed",
-    profiles: Annotated[
-        list[Path] | None,
-        typer.Option("--profiles", metavar="DIR", help="Folder of hardware profiles that go before the shipped ones."),
-    ] = None,
+    profiles: ProfilesOption = None,
 ) -> int:
     """Simulate a step on every rank: what each stream does when, what waits for whom, and how draws differ."""
     request = _Request(

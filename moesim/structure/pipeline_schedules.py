@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from moesim.describe.scenario import PipelineScheduleName
 from moesim.structure.chunk_placement import ChunkPlacement, chunk_placement
 from moesim.structure.pipeline_building_blocks import squeezed_orders
 from moesim.structure.pipeline_orders import (
@@ -44,16 +46,7 @@ __all__ = [
 
 CLASSIC_SCHEDULES: tuple[str, ...] = ("gpipe", "one_f_one_b", "interleaved_one_f_one_b")
 """Schedules that run both gradients of a backward at once, on chunks placed in a loop."""
-SCHEDULES: tuple[str, ...] = (
-    *CLASSIC_SCHEDULES,
-    "zb_h1",
-    "zb_h2",
-    "zb_v",
-    "v_half",
-    "v_min",
-    "dualpipe",
-    "dualpipe_v",
-)
+SCHEDULES: tuple[str, ...] = get_args(PipelineScheduleName)
 
 IN_FLIGHT_ROUNDS = 4
 """Micro-batches per stage after which a longer step holds no more."""
