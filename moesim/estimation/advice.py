@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +12,10 @@ from moesim.describe.scenario import Scenario
 from moesim.engine.analytical import System
 from moesim.estimation.step_estimate import AnswerWarning, Bottleneck
 from moesim.structure.columns import DROPLESS, Columns
+from moesim.structure.placement import crossed_level, process_group
+
+if TYPE_CHECKING:
+    from moesim.engine.uneven_world import LossAttribution
 
 RELIEF: dict[str, str] = {
     "attention": "shorten sequences, use a flash kernel, or split attention over tensor or context ranks",
@@ -30,6 +36,10 @@ RELIEF: dict[str, str] = {
     "imbalance": "a balancing loss or bias, a capacity factor, or more experts per rank",
     "pipeline_bubble": "more micro-batches per step, virtual stages, or evener stages (layers_per_stage)",
 }
+STRAGGLER_RELIEF = (
+    "find and replace what is slow or late (devices, links, hosts): it costs more than uneven loads and bubbles"
+)
+GROUPED = ("tensor", "context", "data", "expert_tensor", "expert", "expert_data")
 ROUNDING_TOLERANCE = 0.1
 TIGHT_MEMORY_FRACTION = 0.95
 
@@ -40,11 +50,20 @@ def find_bottleneck(exposed_s: Mapping[str, float], step_time_s: float) -> Bottl
     return Bottleneck(name, exposed_s[name] / step_time_s, RELIEF[name])
 
 
+def bottleneck_of_losses(bottleneck: Bottleneck, losses: LossAttribution) -> Bottleneck:
+    """Waiting for others has another remedy where stragglers cost more than uneven loads and the pipeline's shape."""
+    is_waiting = bottleneck.name in ("imbalance", "pipeline_bubble")
+    if not is_waiting or losses.stragglers_s <= max(losses.imbalance_s, losses.bubble_s):
+        return bottleneck
+    return replace(bottleneck, relief=STRAGGLER_RELIEF)
+
+
 def warnings_of(
     system: System, columns: Columns, slots: float, dropped: float, memory_share: float
 ) -> Iterator[AnswerWarning]:
     """Things that change how far an answer can be trusted."""
     yield from _routing_warnings(system.scenario, columns, slots, dropped)
+    yield from _placement_warnings(system, columns)
     if TIGHT_MEMORY_FRACTION < memory_share <= 1:
         text = f"memory is {memory_share:.1%} of what is usable; the memory model is not exact to that"
         yield AnswerWarning("W-MEM-001", text)
@@ -56,6 +75,17 @@ def warnings_of(
         yield AnswerWarning("W-PRC-001", text)
     if system.scenario.optimizer.offload != "none":
         yield AnswerWarning("W-OFF-001", "the host's own optimizer arithmetic is not modelled, only the transfers")
+
+
+def _placement_warnings(system: System, columns: Columns) -> Iterator[AnswerWarning]:
+    for dimension in GROUPED:
+        group = process_group(columns, system.scenario.parallelism.rank_order, dimension)
+        if domain := crossed_level(group, system.hardware.fabric.sizes):
+            text = (
+                f"some {dimension} groups ({group.size[0]:.0f} ranks, {group.stride[0]:.0f} apart) lie across the ends "
+                f"of domains of {domain} devices: closed forms of their collectives are rough; see --network flow"
+            )
+            yield AnswerWarning("W-NET-001", text)
 
 
 def _routing_warnings(scenario: Scenario, columns: Columns, slots: float, dropped: float) -> Iterator[AnswerWarning]:

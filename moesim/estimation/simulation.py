@@ -20,6 +20,7 @@ from moesim.engine.timelines import Timeline
 from moesim.engine.uneven_steps import UnevenRun, UnevenSteps
 from moesim.engine.uneven_world import LossAttribution, loss_attribution
 from moesim.errors import Problem, ScenarioError
+from moesim.estimation.advice import bottleneck_of_losses
 from moesim.estimation.estimate import (
     NetworkModel,
     PricedStep,
@@ -268,13 +269,15 @@ def _answer(loaded: LoadedScenario, world: UnevenSteps, sums: _Sums, asked: _Ask
     warnings = [*estimate.warnings, *_warnings(timeline, sums, estimate.memory.capacity)]
     network = estimate.network if contention is None else "shared"
     routing = _routing(loaded, estimate.routing, sums)
+    losses = _losses(world, sums, critical, contention)
+    bottleneck = bottleneck_of_losses(estimate.bottleneck, losses)
     return SimulatedStep(
-        estimate=replace(estimate, network=network, routing=routing, warnings=warnings),
+        estimate=replace(estimate, network=network, routing=routing, warnings=warnings, bottleneck=bottleneck),
         draws_asked=asked.draws,
         seed=asked.seed,
         step_times_s=step_times_s,
         peak_memory_bytes=np.array(sums.peak_bytes),
-        losses=_losses(world, sums, critical, contention),
+        losses=losses,
         stages=tuple(_stage_fractions(exposed, stage, step.ranks.count) for stage in range(step.stages)),
         ranks=tuple(_recorded_ranks(step, exposed, asked.ranks, recording)),
         agreement=Agreement(analytical.step_time_s, priced_s, priced_s / analytical.step_time_s - 1.0),

@@ -110,6 +110,39 @@ def group_extents(group: ProcessGroup, level_sizes: Sequence[int]) -> FloatArray
     return np.stack(np.broadcast_arrays(*extents))
 
 
+def crossed_level(group: ProcessGroup, level_sizes: Sequence[int]) -> int | None:
+    """Members of the innermost domain across whose end some group of equal size and stride lies, for the first case.
+
+    Groups fill blocks of size * stride ranks. Where that block or the stride neither divides a domain nor is divided
+    by it, some group has members in more domains than another; closed forms know only even extents.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        Sizes and strides of shape (n_cases,).
+    level_sizes : sequence of int
+        Members of each level, innermost first.
+
+    Returns
+    -------
+    int or None
+        Devices of that domain; None where groups and domains fit.
+
+    Examples
+    --------
+    >>> five, four = (ProcessGroup(np.array([size]), np.array([1.0])) for size in (5.0, 4.0))
+    >>> crossed_level(five, [8, 60]), crossed_level(four, [8, 60])
+    (8, None)
+    """
+    size, stride = round(float(group.size[0])), round(float(group.stride[0]))
+    domain = 1
+    for members in level_sizes[:-1]:
+        domain *= members
+        if size > 1 and any(max(width, domain) % min(width, domain) for width in (stride, size * stride)):
+            return domain
+    return None
+
+
 def rank_ranges(ranks: Sequence[int]) -> str:
     """Ascending numbers as ranges.
 

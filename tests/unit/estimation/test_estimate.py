@@ -166,3 +166,14 @@ def test_an_estimate_imports_nothing_slow():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+def test_groups_across_the_ends_of_nodes_are_warned_of_and_no_shipped_scenario_has_them() -> None:
+    for name in SHIPPED:
+        assert "W-NET-001" not in [warning.code for warning in answer_with(name).warnings], name
+    changes = ("devices=48", "parallelism.data=12", "parallelism.expert=4", "workload.sequences_per_step=240")
+    found = [one.message for one in answer_with("mixtral_8x7b", *changes).warnings if one.code == "W-NET-001"]
+    assert len(found) == 2
+    assert "some data groups (12 ranks, 1 apart)" in found[0]
+    assert "some expert_data groups (3 ranks, 4 apart)" in found[1]
+    assert all("domains of 8 devices" in message for message in found)

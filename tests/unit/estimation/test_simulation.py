@@ -214,3 +214,14 @@ def test_ranks_hold_the_activations_of_their_own_loads(schedule: str, recompute:
     tolerance = 0.02 if schedule == "dualpipe" else 1e-9
     assert max(peaks) == pytest.approx(answer.peak_memory_bytes[0], rel=tolerance)
     assert len(set(peaks[:16])) > 1
+
+
+def test_the_remedy_for_waiting_fits_what_is_waited_for() -> None:
+    uneven = simulate_loaded(loaded_scenario("mixtral_8x7b", "model.moe.router.imbalance={kind: preset, name: W3}"))
+    slow = simulate_loaded(
+        loaded_scenario("mixtral_8x7b", EVEN), perturbations=Perturbations(slow_ranks=(SlowRank(17, 4.0),))
+    )
+    assert uneven.estimate.bottleneck.name == "imbalance"
+    assert slow.estimate.bottleneck.name == "pipeline_bubble"
+    assert "balancing" in uneven.estimate.bottleneck.relief
+    assert "slow or late" in slow.estimate.bottleneck.relief
