@@ -414,7 +414,7 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
     -------
     dict
         ``expert_tokens`` (per active expert), ``inter`` (local), ``hidden``, ``experts``, ``local_experts``,
-        ``active_experts``, ``tokens``, ``expert_ranks``, ``slab`` (bytes of an expert's first matrices), ``weights``
+        ``active_experts``, ``tokens``, ``slots`` (rows), ``expert_ranks``, ``slab`` (bytes of an expert's first matrices), ``weights``
         (bytes of the experts hit), ``activations`` (bytes of tokens and of rows in and out), ``working_set`` (bytes),
         ``unevenness`` and ``ragged`` (1 where the local inner size is no multiple of CHUNK).
     """
@@ -426,6 +426,7 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
         "local_experts": shapes.local_experts,
         "active_experts": load.active_experts,
         "tokens": shapes.tokens,
+        "slots": load.slots,
         "expert_ranks": shapes.expert,
         "weights": ELEMENT_BYTES * load.active_experts * shapes.hidden * shapes.local_inter * shapes.projections,
         "activations": ELEMENT_BYTES * (shapes.tokens + 2.0 * load.slots) * shapes.hidden,

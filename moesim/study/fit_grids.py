@@ -51,6 +51,8 @@ def fit_residual_grids(
     coordinates: Mapping[str, FloatArray],
     log_errors: FloatArray,
     probes: GridProbes,
+    *,
+    row_weights: FloatArray | None = None,
 ) -> tuple[ResidualGrid, ...]:
     """Fit grids that add up to log(measured / formula) and keep the predicted time from falling.
 
@@ -66,6 +68,8 @@ def fit_residual_grids(
         Values of log(measured / formula).
     probes : GridProbes
         Where the time may not fall.
+    row_weights : ndarray of shape (n_rows,), optional
+        How often each row counts; once if not given.
 
     Returns
     -------
@@ -84,7 +88,8 @@ def fit_residual_grids(
     at_probes = _design(grid_axes, grids, probes.coordinates)
     rises = at_probes[probes.high] - at_probes[probes.low]
     slopes = probes.log_time_s[probes.high] - probes.log_time_s[probes.low]
-    values = _constrained_values(design, log_errors, _ridge(grids), rises=rises, slopes=slopes)
+    counted = np.ones_like(log_errors) if row_weights is None else row_weights
+    values = _constrained_values(design, log_errors, counted, _ridge(grids), rises=rises, slopes=slopes)
     parts = np.split(values, np.cumsum(sizes)[:-1])
     return tuple(
         ResidualGrid(axes, grid, part.reshape([axis.size for axis in grid]))
@@ -93,16 +98,16 @@ def fit_residual_grids(
 
 
 def _constrained_values(
-    design: Any, log_errors: FloatArray, ridge: FloatArray, *, rises: Any, slopes: FloatArray
+    design: Any, log_errors: FloatArray, counted: FloatArray, ridge: FloatArray, *, rises: Any, slopes: FloatArray
 ) -> FloatArray:
     """Robust ridge regression under rises @ values + slopes >= margin, by the alternating direction method.
 
-    Every round weighs the rows anew and factors the normal equations once; within it, ``steps`` are the rises the
+    Every round weighs the rows, ``counted`` times each, anew and factors the normal equations once; within it, ``steps`` are the rises the
     constraint allows and ``duals`` what it pulls with (scaled by PULL), both carried on to the next round.
     """
     from scipy.linalg import cho_factor, cho_solve
 
-    values, weight = np.zeros(ridge.shape[0]), np.ones_like(log_errors)
+    values, weight = np.zeros(ridge.shape[0]), counted
     least = RISE_MARGIN - slopes
     steps, duals = np.maximum(least, 0.0), np.zeros_like(slopes)
     pulling = PULL * (rises.T @ rises).toarray()
@@ -115,7 +120,7 @@ def _constrained_values(
             rise = rises @ values
             steps = np.maximum(rise + duals, least)
             duals += rise - steps
-        weight = np.minimum(1.0, HUBER_LIMIT / np.maximum(np.abs(log_errors - design @ values), 1e-9))
+        weight = counted * np.minimum(1.0, HUBER_LIMIT / np.maximum(np.abs(log_errors - design @ values), 1e-9))
     return values
 
 

@@ -78,26 +78,32 @@ LAYER_CACHE_DEVICES = ("l40s",)
 LAYER_CACHE_AXES: tuple[tuple[str, ...], ...] = (
     ("expert_tokens", "slab"),
     ("expert_tokens", "experts"),
-    ("expert_tokens", "unevenness"),
-    ("expert_tokens", "hidden"),
-    ("tokens", "experts"),
+    ("hidden", "slab"),
+    ("inter", "hidden"),
+    ("inter", "unevenness"),
+    ("slots", "unevenness"),
     ("activations", "weights"),
     ("activations", "ragged"),
-    ("activations", "expert_ranks"),
-    ("slab", "unevenness"),
-    ("inter", "hidden"),
+    ("working_set", "ragged"),
 )
 LAYER_CACHE_KNOTS: dict[str, tuple[float, ...]] = {
-    **KNOTS,
     "expert_tokens": (0, 4, 6, 7, 8, 10, 12),
     "slab": (20, 22, 24, 26, 27, 27.8, 28.6),
+    "experts": (3, 7, 8, 9),
+    "hidden": (11, 11.6, 12.1, 12.6, 13),
+    "inter": (5, 7, 9, 11, 12, 13),
+    "unevenness": (0.0, 0.15, 0.3, 0.6),
+    "slots": (4, 7, 9, 10.5, 12, 14),
     "activations": (20, 23, 24.5, 25.3, 26, 26.6, 27.2, 28, 30),
     "weights": (20, 23, 25, 26, 26.5, 27, 28, 30),
     "ragged": (0.0, 1.0),
-    "expert_ranks": (0, 2, 4),
-    "inter": (5, 7, 9, 11, 13),
+    "working_set": (20, 24, 26, 26.5, 27, 28, 30),
 }
-"""Their grids, in place of GRID_AXES: weights against activations around the cache's size; 296 values in all."""
+"""Their grids, in place of GRID_AXES: weights against activations around the cache's size, and how uneven loads are
+against the size of a product, since their kernels read weights again and again; 294 values in all."""
+LAYER_CACHE_WEIGHT = 4.0
+"""How often their rows with more than TRAINING_TOKENS tokens per expert count: the cache has the most to say there."""
+TRAINING_TOKENS = 64
 
 FORMULA_ROWS = 2500
 """Rows the formula is fitted on, drawn at random; more change nothing."""
@@ -276,6 +282,22 @@ def is_judged(rows: MoeRows) -> BoolArray:
     return np.asarray((rows.shapes.expert <= JUDGED_RANKS) & (rows.shapes.tokens >= JUDGED_TOKENS))
 
 
+def tokens_per_expert(rows: MoeRows) -> FloatArray:
+    """Rows per expert hit on the timed rank.
+
+    Parameters
+    ----------
+    rows : MoeRows
+        Arrays of shape (n_rows,).
+
+    Returns
+    -------
+    ndarray of shape (n_rows,)
+        Slots over active experts.
+    """
+    return np.asarray(rows.load.slots / np.maximum(rows.load.active_experts, 1.0))
+
+
 def fit_moe(device: str, rows: MoeRows, machine: MoeMachine, *, has_grids: bool = True) -> MoeTimeSurface:
     """Fit formula and residual grids.
 
@@ -309,8 +331,12 @@ def fit_moe(device: str, rows: MoeRows, machine: MoeMachine, *, has_grids: bool 
         return surface
     log_errors = np.log(rows.time_s / moe_time_s(surface, rows.shapes, rows.load))
     coordinates = moe_coordinates(rows.shapes, rows.load)
-    axes, knots = (GRID_AXES, KNOTS) if device not in LAYER_CACHE_DEVICES else (LAYER_CACHE_AXES, LAYER_CACHE_KNOTS)
-    grids = fit_residual_grids(axes, knots, coordinates, log_errors, _token_probes(surface, rows.shapes))
+    axes, knots, weight = GRID_AXES, KNOTS, 1.0
+    if device in LAYER_CACHE_DEVICES:
+        axes, knots, weight = LAYER_CACHE_AXES, LAYER_CACHE_KNOTS, LAYER_CACHE_WEIGHT
+    counted = np.where(tokens_per_expert(rows) > TRAINING_TOKENS, weight, 1.0)
+    probes = _token_probes(surface, rows.shapes)
+    grids = fit_residual_grids(axes, knots, coordinates, log_errors, probes, row_weights=counted)
     return replace(surface, grids=grids)
 
 
