@@ -132,7 +132,10 @@ def _grouped_gemm(work: Gemm, rates: DeviceRates, surface: MoeTimeSurface) -> Ex
     rows, columns, inner, groups = _first(work.rows, work.columns, work.inner, work.groups)
     numbers, machine = moe_parameters_in_step(surface, rates), moe_machine(rates, surface, work.precision)
     shape = (rows, columns, inner)
-    parts = grouped_gemm_parts(numbers, machine, shape, groups=groups, operand_bytes=work.input_bytes)
+    (dispersion,) = _first(np.asarray(work.row_dispersion))
+    parts = grouped_gemm_parts(
+        numbers, machine, shape, groups=groups, operand_bytes=work.input_bytes, row_dispersion=dispersion
+    )
     norm = _power_norm((parts.compute_s, parts.stream_s, parts.latency_s), numbers.overlap_exponent)
     kernel = f"{rates.gemm_launch_s:.15g} + {norm} + {parts.waves_s:.15g}"
     words = f"{GROUPED_GEMM_FORMULA} [{float(groups):g} groups, tile {parts.tile[0]} x {parts.tile[1]}]"

@@ -69,12 +69,14 @@ def gemm_times_s(works: Sequence[Gemm], rates: DeviceRates) -> list[FloatArray]:
     return times
 
 
-Sizes = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
+Sizes = tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]
 
 
 def _kernel_times_s(works: Sequence[Gemm], rates: DeviceRates) -> list[FloatArray]:
     """Times with 16-bit outputs of GEMMs of one kind and precision, each distinct shape priced once."""
-    extents = [np.broadcast_arrays(work.rows, work.columns, work.inner, work.groups) for work in works]
+    extents = [
+        np.broadcast_arrays(work.rows, work.columns, work.inner, work.groups, work.row_dispersion) for work in works
+    ]
     sizes = np.concatenate([np.stack(np.atleast_1d(*part)) for part in extents], axis=1)
     varying = sizes[(sizes != sizes[:, :1]).any(axis=1)]
     order = np.lexsort(varying) if len(varying) else np.arange(sizes.shape[1])
@@ -83,19 +85,25 @@ def _kernel_times_s(works: Sequence[Gemm], rates: DeviceRates) -> list[FloatArra
     is_new[1:] = (at_order[:, 1:] != at_order[:, :-1]).any(axis=0)
     number = np.empty(len(order), dtype=np.int64)
     number[order] = np.cumsum(is_new) - 1
-    rows, columns, inner, groups = at_order[:, is_new]
-    time_s = _kernel_time_s(works[0], rates, (rows, columns, inner, groups))[number]
+    rows, columns, inner, groups, dispersion = at_order[:, is_new]
+    time_s = _kernel_time_s(works[0], rates, (rows, columns, inner, groups, dispersion))[number]
     return np.split(time_s, np.cumsum([part[0].size for part in extents])[:-1])
 
 
 def _kernel_time_s(kind: Gemm, rates: DeviceRates, sizes: Sizes) -> FloatArray:
-    """Times at some rows, columns, inner lengths and groups, otherwise as ``kind``."""
-    rows, columns, inner, groups = sizes
+    """Times at some rows, columns, inner lengths, groups and dispersions, otherwise as ``kind``."""
+    rows, columns, inner, groups, dispersion = sizes
     moe, gemm = rates.surfaces.moe, rates.surfaces.gemm
     if kind.is_ragged and moe is not None:
         parameters, machine = moe_parameters_in_step(moe, rates), moe_machine(rates, moe, kind.precision)
-        shape, operand_bytes = (rows, columns, inner), kind.input_bytes
-        grouped_s = grouped_gemm_time_s(parameters, machine, shape, groups=groups, operand_bytes=operand_bytes)
+        grouped_s = grouped_gemm_time_s(
+            parameters,
+            machine,
+            (rows, columns, inner),
+            groups=groups,
+            operand_bytes=kind.input_bytes,
+            row_dispersion=dispersion,
+        )
         return rates.gemm_launch_s + grouped_s
     assert gemm is not None
     figures, surface = gemm_machine(rates, gemm, kind.precision), gemm_surface_in_step(gemm, rates)

@@ -307,8 +307,9 @@ def grouped_gemm_time_s(
     *,
     groups: FloatArray,
     operand_bytes: float = ELEMENT_BYTES,
+    row_dispersion: FloatArray | float = 0.0,
 ) -> FloatArray:
-    """Time of the grouped GEMM alone: ``G`` of :func:`moe_formula_time_s` with equal groups.
+    """Time of the grouped GEMM alone: ``G`` of :func:`moe_formula_time_s` with groups of about the same size.
 
     Parameters
     ----------
@@ -322,6 +323,8 @@ def grouped_gemm_time_s(
         Experts; each pads its rows to whole tiles and has its weights read.
     operand_bytes : float, optional
         Bytes of an element of rows and weights; results have 2.
+    row_dispersion : ndarray or float, optional
+        Variance of the groups' rows over their mean.
 
     Returns
     -------
@@ -338,13 +341,31 @@ def grouped_gemm_time_s(
     14-19 %; on B200 15 % too slow above 1,024 tokens per expert). Neither weights nor rows are found in the cache: in a
     step other layers' data has passed meanwhile.
     """
-    load = _even_load(shape[0], groups)
+    load = _group_load(shape[0], groups, row_dispersion)
     return _grouped_gemm_s(parameters, machine, load, shape[1:], UNCACHED, operand_bytes=operand_bytes)
 
 
-def _even_load(rows: FloatArray, groups: FloatArray) -> RankLoad:
-    tiles = np.stack([groups * np.ceil(rows / tile_rows - CEILING_SLACK) for tile_rows in TILE_ROWS], axis=-1)
+def _group_load(rows: FloatArray, groups: FloatArray, dispersion: FloatArray | float) -> RankLoad:
+    """Groups whose rows have a mean and a variance of ``dispersion`` times that."""
+    spread = np.minimum(np.sqrt(12.0 * dispersion * rows), 2.0 * rows)
+    tiles = np.stack([groups * _mean_ceiling(rows / size, spread / size) for size in TILE_ROWS], axis=-1)
     return RankLoad(groups * rows, groups, tiles, np.zeros_like(rows))
+
+
+def _mean_ceiling(mean: FloatArray, spread: FloatArray) -> FloatArray:
+    """Mean of the ceiling of numbers that lie evenly within ``spread`` around ``mean``; the ceiling of it without."""
+    exact = np.ceil(mean - CEILING_SLACK)
+    if not np.any(spread):
+        return np.asarray(exact)
+    low, high = _ceiling_integral(mean - spread / 2.0), _ceiling_integral(mean + spread / 2.0)
+    is_spread = spread > CEILING_SLACK
+    return np.where(is_spread, (high - low) / np.where(is_spread, spread, 1.0), exact)
+
+
+def _ceiling_integral(end: FloatArray) -> FloatArray:
+    """Integral of the ceiling from 0 to ``end``."""
+    whole = np.floor(end)
+    return np.asarray(whole * (whole + 1.0) / 2.0 + (whole + 1.0) * (end - whole))
 
 
 @dataclass(frozen=True)
@@ -365,6 +386,7 @@ def grouped_gemm_parts(
     *,
     groups: FloatArray,
     operand_bytes: float = ELEMENT_BYTES,
+    row_dispersion: FloatArray | float = 0.0,
 ) -> GroupedGemmParts:
     """Take :func:`grouped_gemm_time_s` apart for one case.
 
@@ -380,6 +402,8 @@ def grouped_gemm_parts(
         Experts.
     operand_bytes : float, optional
         Bytes of an element of rows and weights.
+    row_dispersion : ndarray or float, optional
+        Variance of the groups' rows over their mean.
 
     Returns
     -------
@@ -387,7 +411,7 @@ def grouped_gemm_parts(
         Terms of the tile with the least time.
     """
     rows, columns, inner = shape
-    load, power = _even_load(rows, groups), parameters.overlap_exponent
+    load, power = _group_load(rows, groups, row_dispersion), parameters.overlap_exponent
     stream_s = float(_stream_s(parameters, machine, load, shape[1:], UNCACHED, operand_bytes=operand_bytes))
     latency_s = float(parameters.chunk_s * inner / CHUNK)
     found = []
@@ -414,9 +438,9 @@ def moe_coordinates(shapes: MoeShapes, load: RankLoad) -> dict[str, FloatArray]:
     -------
     dict
         ``expert_tokens`` (per active expert), ``inter`` (local), ``hidden``, ``experts``, ``local_experts``,
-        ``active_experts``, ``tokens``, ``slots`` (rows), ``expert_ranks``, ``slab`` (bytes of an expert's first matrices), ``weights``
-        (bytes of the experts hit), ``activations`` (bytes of tokens and of rows in and out), ``working_set`` (bytes),
-        ``unevenness`` and ``ragged`` (1 where the local inner size is no multiple of CHUNK).
+        ``active_experts``, ``tokens``, ``slots`` (rows), ``expert_ranks``, ``slab`` (bytes of an expert's first
+        matrices), ``weights`` (bytes of the experts hit), ``activations`` (bytes of tokens and of rows in and out),
+        ``working_set`` (bytes), ``unevenness`` and ``ragged`` (1 where the local inner size is no multiple of CHUNK).
     """
     columns = {
         "expert_tokens": load.slots / np.maximum(load.active_experts, 1.0),

@@ -78,7 +78,7 @@ def loaded_work(work: Work, load: FloatArray) -> Work:
 
 def loaded_gemm(work: Gemm, load: FloatArray) -> Gemm:
     """A GEMM whose tokens are ``load`` times as many: rows, or the inner length of a weight gradient."""
-    if work.accumulates:
+    if work.sums_tokens:
         return replace(work, inner=work.inner * load)
     return replace(work, rows=work.rows * load)
 

@@ -125,6 +125,7 @@ def gemm(
     groups: FloatArray | float = 1.0,
     precision: str | None = None,
     is_ragged: bool = False,
+    row_dispersion: FloatArray | float = 0.0,
 ) -> Gemm:
     """Work of one GEMM (rows, columns, inner) in a phase; weight gradients accumulate in the gradients' format."""
     ones: FloatArray = np.ones(np.broadcast_shapes(*(np.shape(extent) for extent in shape)))
@@ -140,6 +141,8 @@ def gemm(
         output,
         accumulates=is_weight_gradient,
         is_ragged=is_ragged,
+        row_dispersion=0.0 if is_weight_gradient else row_dispersion,
+        sums_tokens=is_weight_gradient,
     )
 
 
@@ -153,6 +156,7 @@ def linear(
     precision: str | None = None,
     load_factor: FloatArray | None = None,
     is_ragged: bool = False,
+    row_dispersion: FloatArray | float = 0.0,
 ) -> list[Operation]:
     """A linear layer, Y[rows, columns] = X[rows, inner] W: forward, activation gradient and weight gradient.
 
@@ -169,7 +173,15 @@ def linear(
             category,
             phase,
             "compute",
-            gemm(context, phase, phase_shape, groups=groups, precision=precision, is_ragged=is_ragged),
+            gemm(
+                context,
+                phase,
+                phase_shape,
+                groups=groups,
+                precision=precision,
+                is_ragged=is_ragged,
+                row_dispersion=row_dispersion,
+            ),
             load_factor=load_factor,
         )
         for phase, phase_shape in shapes.items()

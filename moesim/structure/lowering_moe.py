@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.describe.hardware import ElementwiseKernels, Stack
-from moesim.describe.model import MixtureOfExperts
+from moesim.describe.model import MixtureOfExperts, PresetLoad
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Scenario
 from moesim.structure.columns import DROPLESS, WHOLE_RANK_GROUP, FloatArray
@@ -30,6 +30,7 @@ from moesim.structure.lowering import (
 from moesim.structure.parameters import shared_width
 from moesim.structure.placement import group_columns
 from moesim.structure.step_graph import Gemm, MemoryTraffic, Operation, OperationTable, RoutedCopies
+from moesim.structure.token_routing import EVEN_PRESETS
 
 LoadFactor = Callable[[FloatArray], FloatArray]
 CEILING_SLACK = 1e-9
@@ -37,6 +38,8 @@ INDEX_BYTES, SORT_PASSES = 8.0, 6.0
 """An index of a choice, and how often sorting reads or writes it."""
 MEASURED_CHOICE_KERNELS = 12
 """Short kernels in a row that take as long as softmax, top-k and gathers of a few scores do in plain PyTorch."""
+RANDOM_DISPERSION = 1.0
+"""Variance over mean of an expert's rows where many tokens choose among many experts: a binomial's, 1 - 1/E."""
 SMALLEST_GROUP = 1e-9
 """Keeps an encoder that does not run (decoding) from dividing 0 by 0."""
 
@@ -318,7 +321,16 @@ def _experts(
     rows, experts = routed.rows_per_expert, routed.local_experts
     is_ragged = context.stack.dispatch != "one_hot_einsum"
     up, down = (
-        linear(context, name, "expert_gemm", shape, groups=experts, load_factor=factor, is_ragged=is_ragged)
+        linear(
+            context,
+            name,
+            "expert_gemm",
+            shape,
+            groups=experts,
+            load_factor=factor,
+            is_ragged=is_ragged,
+            row_dispersion=_row_dispersion(moe, routed),
+        )
         for name, shape in (("expert.up", (rows, local * gate, hidden)), ("expert.down", (rows, hidden, local)))
     )
     slowdown = context.stack.quantised_expert_slowdown
@@ -338,6 +350,13 @@ def _experts(
         with_separate_sum(matrices, context.stack, activation_bytes=context.activation_bytes) for matrices in (up, down)
     )
     return [*up, *recomputable(context, "moe_act", activation), *down]
+
+
+def _row_dispersion(moe: MixtureOfExperts, routed: RoutedTokens) -> FloatArray:
+    """Of the rows of one rank's experts: slots are all equal, tokens that choose freely scatter."""
+    imbalance = moe.router.imbalance
+    is_even = isinstance(imbalance, PresetLoad) and imbalance.name in EVEN_PRESETS
+    return np.where(routed.is_dropless & (not is_even), RANDOM_DISPERSION, 0.0)
 
 
 def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation_bytes: float) -> list[Operation]:

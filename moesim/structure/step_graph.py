@@ -50,6 +50,8 @@ class Gemm:
     A GEMM Y[m, n] = X[m, k] W[n, k]^T has rows m, columns n, inner k. ``output_bytes`` per element written,
     ``accumulates`` when the output is read and added to (weight gradients). ``is_ragged`` when the groups are experts
     of one grouped kernel, each with rows of its own number; else they are equal products of one batched kernel.
+    ``row_dispersion`` is the variance of those numbers over their mean: 0 where all are equal, 1 where a random router
+    spreads its tokens. ``sums_tokens`` when tokens are the inner length (weight gradients), not the rows.
     """
 
     rows: FloatArray
@@ -61,6 +63,8 @@ class Gemm:
     output_bytes: float
     accumulates: bool = False
     is_ragged: bool = False
+    row_dispersion: FloatArray | float = 0.0
+    sums_tokens: bool = False
 
 
 def linear_extents(rows: Extent, columns: Extent, inner: Extent) -> dict[Phase, tuple[Extent, Extent, Extent]]:

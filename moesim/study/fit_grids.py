@@ -102,8 +102,9 @@ def _constrained_values(
 ) -> FloatArray:
     """Robust ridge regression under rises @ values + slopes >= margin, by the alternating direction method.
 
-    Every round weighs the rows, ``counted`` times each, anew and factors the normal equations once; within it, ``steps`` are the rises the
-    constraint allows and ``duals`` what it pulls with (scaled by PULL), both carried on to the next round.
+    Every round weighs the rows anew, each ``counted`` times, and factors the normal equations once; within it,
+    ``steps`` are the rises the constraint allows and ``duals`` what it pulls with (scaled by PULL), both carried on to
+    the next round.
     """
     from scipy.linalg import cho_factor, cho_solve
 

@@ -42,7 +42,7 @@ def _kind(operation: Operation) -> Hashable:
     match operation.work:
         case Gemm() as work:
             scalars: tuple[Hashable, ...] = (work.precision, work.input_bytes, work.output_bytes)
-            scalars += (work.accumulates, work.is_ragged)
+            scalars += (work.accumulates, work.is_ragged, work.sums_tokens)
         case MemoryTraffic():
             scalars = ()
         case AttentionCore() as work:
@@ -65,7 +65,12 @@ def _joined_work(works: Sequence[Work]) -> Work:
         case Gemm():
             rows, columns = _together(works, "rows"), _together(works, "columns")
             return replace(
-                first, rows=rows, columns=columns, inner=_together(works, "inner"), groups=_together(works, "groups")
+                first,
+                rows=rows,
+                columns=columns,
+                inner=_together(works, "inner"),
+                groups=_together(works, "groups"),
+                row_dispersion=_together(works, "row_dispersion"),
             )
         case MemoryTraffic():
             return replace(first, num_bytes=_together(works, "num_bytes"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,8 +112,25 @@ def _product(
     adds_up = phase == "weight_gradient"
     size = PRECISION_BYTES[case.dtype]
     written = PRECISION_BYTES[MASTER_PRECISION] if adds_up else size
-    work = Gemm(rows, columns, inner, _one(groups), case.dtype, size, written, adds_up, is_ragged)
+    work = Gemm(
+        rows,
+        columns,
+        inner,
+        _one(groups),
+        case.dtype,
+        size,
+        written,
+        accumulates=adds_up,
+        is_ragged=is_ragged,
+        row_dispersion=0.0 if adds_up or not is_ragged else _dispersion(case.loads),
+        sums_tokens=adds_up,
+    )
     return Operation(case.operation, "dense_ffn", phase, "compute", work)
+
+
+def _dispersion(loads: Sequence[float]) -> float:
+    """Variance of the experts' rows over their mean."""
+    return float(np.var(loads) / np.mean(loads))
 
 
 def _gemm(case: MeasuredCase, _: Stack) -> MappedCase:
@@ -236,7 +253,16 @@ def _moe_layer(case: MeasuredCase, stack: Stack) -> MappedCase:
         return MappedCase(reason="a layer over several ranks needs their links: see moesim estimate")
     chosen = _dispatched(case, stack)
     context = _moe_context(case, chosen, experts=_size(case, "experts"), inner=_size(case, "inner"))
-    return MappedCase(_of_pass(moe_part(context, MOE_LAYER, np.ones_like), case), is_in_step=True)
+    operations = _of_pass(moe_part(context, MOE_LAYER, np.ones_like), case)
+    return MappedCase(tuple(_with_loads(operation, case) for operation in operations), is_in_step=True)
+
+
+def _with_loads(operation: Operation, case: MeasuredCase) -> Operation:
+    """Experts' products with their rows as uneven as the case's, where it names them."""
+    work = operation.work
+    if not isinstance(work, Gemm) or not work.is_ragged or work.sums_tokens or not any(case.loads):
+        return operation
+    return replace(operation, work=replace(work, row_dispersion=_dispersion(case.loads)))
 
 
 def _dispatched(case: MeasuredCase, stack: Stack) -> Stack:

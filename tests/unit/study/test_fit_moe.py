@@ -9,7 +9,9 @@ import pytest
 
 from moesim.cost.moe_rank_loads import MoeShapes, balanced_rank_load
 from moesim.cost.moe_surface import MoeMachine, MoeParameters, moe_formula_time_s, moe_surface_from_document, moe_time_s
+from moesim.study import fit_moe as fit_moe_module
 from moesim.study.fit_moe import (
+    TRAINING_TOKENS,
     MoeRows,
     fit_moe,
     held_out_moe_times_s,
@@ -19,6 +21,7 @@ from moesim.study.fit_moe import (
     moe_folds,
     moe_rows,
     select_moe_rows,
+    tokens_per_expert,
 )
 from moesim.study.kernel_tables import error_statistics
 from moesim.study.kernel_validation_moe import write_moe_validation
@@ -139,7 +142,7 @@ def test_a_device_that_caches_layers_learns_weights_against_activations():
     shapes = ROWS.shapes
     activations = 2.0 * (shapes.tokens + 2.0 * ROWS.load.slots) * shapes.hidden
     weights = 2.0 * ROWS.load.active_experts * shapes.hidden * shapes.local_inter * shapes.projections
-    slow = np.where((activations < 3e7) & (weights > 1e8), 0.3, 0.0)  # a corner no sum of the two can say
+    slow = np.where((activations < 3e7) & (weights > 1e8), 0.6, 0.0)  # a corner no sum of the two can say
     bumped = with_times(ROWS.time_s * np.exp(slow))
     errors, axes = {}, {}
     for device in ("planted", "l40s"):
@@ -147,7 +150,22 @@ def test_a_device_that_caches_layers_learns_weights_against_activations():
         axes[device] = {grid.axes for grid in surface.grids}
         errors[device] = error_statistics(moe_time_s(surface, ROWS.shapes, ROWS.load), bumped.time_s).median
     assert ("activations", "weights") in axes["l40s"] - axes["planted"]
-    assert errors["l40s"] < errors["planted"]
+    assert errors["l40s"] < 0.5 * errors["planted"]
+
+
+def test_rows_of_training_count_more_where_a_device_caches_layers():
+    per_expert = tokens_per_expert(ROWS)
+    is_training = per_expert > TRAINING_TOKENS
+    noise = np.random.default_rng(0).choice([-0.3, 0.3], per_expert.size) * ~is_training
+    opposed = with_times(ROWS.time_s * np.exp(np.where(is_training, 0.1, -0.1) * np.sin(per_expert) + noise))
+    errors = {}
+    for weight in (0.25, 4.0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit_moe_module, "LAYER_CACHE_WEIGHT", weight)
+            surface = fit_moe("l40s", opposed, MACHINE)
+        found_s = moe_time_s(surface, ROWS.shapes, ROWS.load)
+        errors[weight] = float(np.mean(np.abs(np.log(found_s / opposed.time_s))[is_training]))
+    assert errors[4.0] < errors[0.25]
 
 
 def test_judged_rows_have_sixteen_tokens_and_at_most_sixteen_ranks():
