@@ -356,7 +356,7 @@ def _row_dispersion(moe: MixtureOfExperts, routed: RoutedTokens) -> FloatArray:
     """Of the rows of one rank's experts: slots are all equal, tokens that choose freely scatter."""
     imbalance = moe.router.imbalance
     is_even = isinstance(imbalance, PresetLoad) and imbalance.name in EVEN_PRESETS
-    return np.where(routed.is_dropless & (not is_even), RANDOM_DISPERSION, 0.0)
+    return np.where(routed.is_dropless, 0.0 if is_even else RANDOM_DISPERSION, 0.0)
 
 
 def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation_bytes: float) -> list[Operation]:

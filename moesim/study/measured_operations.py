@@ -31,6 +31,8 @@ PHASE_OF_PASS: dict[str, Phase] = {
 MOE_LAYER = LayerKind("decoder", is_moe=True, has_cross_attention=False)
 DENSE_LAYER = LayerKind("decoder", is_moe=False, has_cross_attention=False)
 MASTER_PRECISION = "fp32"
+RESULT_PRECISION = "bf16"
+"""Of 8-bit products."""
 DEFAULT_METHOD = "default"
 """Attention by whatever library torch chooses."""
 LARGE_COPY_BYTES = 2.0**20
@@ -148,6 +150,20 @@ def _grouped_gemm(case: MeasuredCase, stack: Stack) -> MappedCase:
     groups = len(case.loads)
     product = _product(case, (sum(loads) / groups, *sizes), groups=groups, is_ragged=True)
     return MappedCase(tuple(with_separate_sum([product], stack, activation_bytes=PRECISION_BYTES[case.dtype])))
+
+
+def _eight_bit(case: MeasuredCase, _: Stack) -> MappedCase:
+    """8-bit operands and 16-bit results, of one matrix or of experts; casts by their bytes."""
+    if case.operation not in ("scaled_gemm", "scaled_grouped_gemm"):
+        return _traffic(case, case.num_bytes)
+    is_ragged = case.operation == "scaled_grouped_gemm"
+    if is_ragged and not any(case.loads):
+        raise ValueError("no expert has rows")
+    groups = len(case.loads) if is_ragged else 1
+    rows = sum(case.loads) / groups if is_ragged else _size(case, "m")
+    product = _product(case, (rows, _size(case, "n"), _size(case, "k")), groups=groups, is_ragged=is_ragged)
+    assert isinstance(product.work, Gemm)
+    return MappedCase((replace(product, work=replace(product.work, output_bytes=PRECISION_BYTES[RESULT_PRECISION])),))
 
 
 def _attention(case: MeasuredCase, stack: Stack) -> MappedCase:
@@ -302,6 +318,7 @@ def _transformer_block(case: MeasuredCase, stack: Stack) -> MappedCase:
 MAPPERS: dict[str, Callable[[MeasuredCase, Stack], MappedCase]] = {
     "gemm": _gemm,
     "grouped_gemm": _grouped_gemm,
+    "eight_bit": _eight_bit,
     "attention": _attention,
     "memory_bound": _memory_bound,
     "dispatch": _dispatch,

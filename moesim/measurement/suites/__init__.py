@@ -9,6 +9,7 @@ from moesim.measurement.cases import Case, Target
 from moesim.measurement.suites import (
     attentions,
     dispatches,
+    eight_bit,
     gemms,
     grouped_gemms,
     launches,
@@ -29,6 +30,7 @@ SUITES: Mapping[str, Callable[[Target], list[Case]]] = MappingProxyType(
         "router": routers.cases,
         "optimizer": optimizer_steps.cases,
         "launch": launches.cases,
+        "eight_bit": eight_bit.cases,
         "moe_layer": moe_layers.cases,
         "transformer_block": transformer_blocks.cases,
     }

@@ -6,11 +6,12 @@ import math
 
 import pytest
 
-from moesim.measurement.cases import Target, Work
+from moesim.measurement.cases import Target, UnmeasurableError, Work
 from moesim.measurement.routed_loads import RoutedLoads, layer_loads
 from moesim.measurement.suites import SUITES
 from moesim.measurement.suites.attentions import AttentionShape, attention_function, prepare_attention
 from moesim.measurement.suites.dispatches import OneHotShape, one_hot_masks, to_slots, to_tokens
+from moesim.measurement.suites.eight_bit import SCALINGS, prepare_cast, prepare_product, scales
 from moesim.measurement.suites.gemms import prepare_gemm, weight_gradient
 from moesim.measurement.suites.grouped_gemms import LOOP, Groups, grouped_products, prepare_experts
 from moesim.measurement.suites.moe_layers import MoeShape, MoeWeights, make_layer, run_layer
@@ -68,6 +69,37 @@ def test_products_are_those_of_the_three_passes(bench: Workbench, dtype: str, mo
     work.call()
     assert total.dtype == torch.float32
     assert_near(total - before, 2 * grads.double().T @ inputs.double(), dtype)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS[:2])
+def test_an_8_bit_product_is_that_of_its_rounded_and_scaled_operands(
+    bench: Workbench, scaling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recorded(monkeypatch)
+    out = prepare_product(bench, m=32, n=48, k=64, scaling=scaling).call()
+    inputs, weight, scale, weight_scale = (tensor.double() for tensor in made)
+    rounded = [tensor.to(torch.float8_e4m3fn).double() for tensor in made[:2]]
+    expected = (scale * rounded[0]) @ (weight_scale.reshape(-1, 1) * rounded[1]).T
+    assert out.dtype == torch.bfloat16
+    assert_near(out, expected, "bf16")
+    assert (out.double() - inputs @ weight.T).norm() > 1e-2 * expected.norm()  # it was rounded and scaled
+
+
+def test_scales_of_blocks_have_the_layout_that_torch_asks_for(bench: Workbench) -> None:
+    scale, weight_scale = scales(bench, 256, 384, 512, "block")
+    assert (tuple(scale.shape), scale.stride()) == ((256, 4), (1, 256))
+    assert (tuple(weight_scale.shape), weight_scale.stride()) == ((4, 3), (1, 4))
+    with pytest.raises(UnmeasurableError, match="do not divide 100 x 512"):
+        scales(bench, 256, 100, 512, "block")
+
+
+def test_a_transposed_cast_is_contiguous_along_the_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recorded(monkeypatch)
+    out = prepare_cast(bench, kind="cast_transposed", rows=8, columns=16).call()
+    assert out.is_contiguous()
+    assert (out.float() == made[0].to(torch.float8_e4m3fn).float().T).all()
+    largest = prepare_cast(bench, kind="amax", rows=8, columns=16).call()
+    assert largest == made[1].abs().max()
 
 
 def test_gradients_of_weights_add_up_in_fp32_even_where_bf16_would_stand_still(bench: Workbench) -> None:
