@@ -46,6 +46,8 @@ SHAPES = (
     AttentionShape(1, 16384, 16, 2, 128),
     AttentionShape(2, 4096, 16, 16, 192),
     AttentionShape(1, 4000, 32, 8, 128),
+    AttentionShape(2, 4096, 64, 8, 64),
+    AttentionShape(1, 16384, 64, 8, 64),
 )
 CPU_SHAPES = (AttentionShape(1, 128, 4, 4, 32), AttentionShape(2, 128, 8, 2, 32))
 
