@@ -113,7 +113,7 @@ def _surface_gemm(work: Gemm, rates: DeviceRates, surface: GemmSurface) -> Expla
     rows, columns, inner, groups = _first(work.rows, work.columns, work.inner, work.groups)
     machine = gemm_machine(rates, surface, work.precision)
     sizes = (np.maximum(rows, 1.0), np.maximum(columns, 1.0), np.maximum(inner, 1.0))
-    core = gemm_surface_in_step(surface, rates).core
+    core = gemm_surface_in_step(surface, rates, work.input_bytes).core
     parts = core_parts(core, machine, sizes, groups=groups, operand_bytes=work.input_bytes)
     terms = (parts.compute_s, parts.memory_s, parts.latency_s, parts.l2_s)
     norm = _power_norm(terms, surface.core.overlap_exponent)
@@ -130,7 +130,8 @@ def _surface_gemm(work: Gemm, rates: DeviceRates, surface: GemmSurface) -> Expla
 
 def _grouped_gemm(work: Gemm, rates: DeviceRates, surface: MoeTimeSurface) -> Explanation:
     rows, columns, inner, groups = _first(work.rows, work.columns, work.inner, work.groups)
-    numbers, machine = moe_parameters_in_step(surface, rates), moe_machine(rates, surface, work.precision)
+    numbers = moe_parameters_in_step(surface, rates, work.input_bytes)
+    machine = moe_machine(rates, surface, work.precision)
     shape = (rows, columns, inner)
     (dispersion,) = _first(np.asarray(work.row_dispersion))
     parts = grouped_gemm_parts(

@@ -95,7 +95,8 @@ def _kernel_time_s(kind: Gemm, rates: DeviceRates, sizes: Sizes) -> FloatArray:
     rows, columns, inner, groups, dispersion = sizes
     moe, gemm = rates.surfaces.moe, rates.surfaces.gemm
     if kind.is_ragged and moe is not None:
-        parameters, machine = moe_parameters_in_step(moe, rates), moe_machine(rates, moe, kind.precision)
+        parameters = moe_parameters_in_step(moe, rates, kind.input_bytes)
+        machine = moe_machine(rates, moe, kind.precision)
         grouped_s = grouped_gemm_time_s(
             parameters,
             machine,
@@ -106,7 +107,7 @@ def _kernel_time_s(kind: Gemm, rates: DeviceRates, sizes: Sizes) -> FloatArray:
         )
         return rates.gemm_launch_s + grouped_s
     assert gemm is not None
-    figures, surface = gemm_machine(rates, gemm, kind.precision), gemm_surface_in_step(gemm, rates)
+    figures, surface = gemm_machine(rates, gemm, kind.precision), gemm_surface_in_step(gemm, rates, kind.input_bytes)
     return surface.time_s(rows, columns, inner, figures, groups=groups, operand_bytes=kind.input_bytes)
 
 
@@ -134,10 +135,30 @@ def output_rate(work: Gemm, rates: DeviceRates) -> float:
     return rates.memory_bandwidth * gemm.core.memory_fraction
 
 
-def gemm_surface_in_step(surface: GemmSurface, rates: DeviceRates) -> GemmSurface:
-    """A GEMM surface with its compute rate in a step; the machine and with it the residual grid stay."""
-    fraction = surface.core.compute_fraction * rates.gemm_in_step
-    return replace(surface, core=replace(surface.core, compute_fraction=fraction))
+def gemm_surface_in_step(surface: GemmSurface, rates: DeviceRates, operand_bytes: float) -> GemmSurface:
+    """A GEMM surface with its compute rate in a step; the machine and with it the residual grid stay.
+
+    Operands narrower than the surface's 16 bits fill an iteration of the main loop with more elements, and what
+    begins and ends the loop takes as long as before: as many more of them.
+    """
+    narrow, core = _narrow(operand_bytes), surface.core
+    in_step = replace(
+        core,
+        compute_fraction=core.compute_fraction * _compute_share(rates, operand_bytes),
+        prologue_length=core.prologue_length / narrow,
+        chunk_latency_s=core.chunk_latency_s * narrow,
+    )
+    return replace(surface, core=in_step)
+
+
+def _narrow(operand_bytes: float) -> float:
+    """Bytes of an element over those of the surfaces' 16 bits; 1 for wider ones, whose kernels are other ones."""
+    return min(operand_bytes / ELEMENT_BYTES, 1.0)
+
+
+def _compute_share(rates: DeviceRates, operand_bytes: float) -> float:
+    """Compute rate in a step over that of a surface at the peak of the precision."""
+    return rates.gemm_in_step * (rates.eight_bit_fraction if operand_bytes < ELEMENT_BYTES else 1.0)
 
 
 def gemm_machine(rates: DeviceRates, surface: GemmSurface, precision: str) -> GemmMachine:
@@ -145,10 +166,14 @@ def gemm_machine(rates: DeviceRates, surface: GemmSurface, precision: str) -> Ge
     return replace(surface.machine, peak_flop_rate=rates.peak_for(precision), memory_bandwidth=rates.memory_bandwidth)
 
 
-def moe_parameters_in_step(surface: MoeTimeSurface, rates: DeviceRates) -> MoeParameters:
-    """Numbers of the grouped GEMM with its compute rate in a step."""
-    fraction = surface.parameters.compute_fraction * rates.gemm_in_step
-    return replace(surface.parameters, compute_fraction=fraction)
+def moe_parameters_in_step(surface: MoeTimeSurface, rates: DeviceRates, operand_bytes: float) -> MoeParameters:
+    """Numbers of the grouped GEMM with its compute rate in a step, narrow operands as in a GEMM."""
+    numbers = surface.parameters
+    return replace(
+        numbers,
+        compute_fraction=numbers.compute_fraction * _compute_share(rates, operand_bytes),
+        chunk_s=numbers.chunk_s * _narrow(operand_bytes),
+    )
 
 
 def moe_machine(rates: DeviceRates, surface: MoeTimeSurface, precision: str) -> MoeMachine:

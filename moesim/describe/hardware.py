@@ -35,7 +35,8 @@ class GemmSurface(Description):
     ``prologue_length`` the start and end of a main loop as an equivalent length of k; ``fixed_time`` per kernel.
     ``accumulation_fraction`` of the memory bandwidth at which an output in fp32 is read, added to and written;
     null as other outputs. ``unaligned_slowdown`` is the time of a GEMM with rows that are not whole multiples of 16
-    bytes over that of an aligned one; null where it is unknown.
+    bytes over that of an aligned one; null where it is unknown. ``eight_bit_fraction`` of the rate that these constants
+    and the surfaces give at the peak of an 8-bit or narrower format is what its products reach; null as all of it.
     """
 
     compute_fraction: NumberFigure
@@ -44,6 +45,7 @@ class GemmSurface(Description):
     fixed_time: DurationFigure
     accumulation_fraction: NumberFigure | None = None
     unaligned_slowdown: NumberFigure | None = None
+    eight_bit_fraction: NumberFigure | None = None
 
 
 class AttentionSurface(Description):

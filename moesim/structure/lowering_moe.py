@@ -335,7 +335,7 @@ def _experts(
     )
     slowdown = context.stack.quantised_expert_slowdown
     if slowdown is not None and PRECISION_BYTES[context.scenario.precision.compute] < 2:
-        up, down = ([_slower(row, slowdown.value) for row in matrices] for matrices in (up, down))
+        up, down = ([slower(row, slowdown.value) for row in matrices] for matrices in (up, down))
     passes, kernels = activation_passes(context.stack, moe.is_gated)
     activation = traffic(
         context,
@@ -380,8 +380,8 @@ def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation
     return rows
 
 
-def _slower(operation: Operation, slowdown: float) -> Operation:
-    """A GEMM in slower kernels; its casts are as they are."""
+def slower(operation: Operation, slowdown: float) -> Operation:
+    """Return a GEMM in slower kernels, anything else (its casts) as it is."""
     return replace(operation, slowdown=slowdown) if isinstance(operation.work, Gemm) else operation
 
 

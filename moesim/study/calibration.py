@@ -111,6 +111,7 @@ def surface_blocks() -> tuple[FitBlock, ...]:
                 "kernels.gemm.unaligned_slowdown": (1.0, 20.0),
             },
         ),
+        FitBlock("eight_bit", _is_scaled_by_tensor, {"kernels.gemm.eight_bit_fraction": (0.1, 1.5)}),
     )
 
 
@@ -140,6 +141,10 @@ def constant_blocks(device: Device) -> tuple[FitBlock, ...]:
 
 def _is_large_update(case: MeasuredCase) -> bool:
     return case.suite == "optimizer" and case.size("elements") >= LARGE_UPDATE
+
+
+def _is_scaled_by_tensor(case: MeasuredCase) -> bool:
+    return case.operation == "scaled_gemm" and case.text("scaling") == "tensor"
 
 
 def _is_stream(case: MeasuredCase) -> bool:

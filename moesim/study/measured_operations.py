@@ -19,7 +19,7 @@ from moesim.structure.layers import LayerKind
 from moesim.structure.legality import resolve_columns
 from moesim.structure.lowering import LoweringContext
 from moesim.structure.lowering_layers import dense_part
-from moesim.structure.lowering_moe import moe_part, with_separate_sum
+from moesim.structure.lowering_moe import moe_part, slower, with_separate_sum
 from moesim.structure.step_graph import Gemm, MemoryTraffic, Operation, OperationTable, Phase, linear_extents
 from moesim.study.measured_cases import MeasuredCase
 
@@ -152,7 +152,7 @@ def _grouped_gemm(case: MeasuredCase, stack: Stack) -> MappedCase:
     return MappedCase(tuple(with_separate_sum([product], stack, activation_bytes=PRECISION_BYTES[case.dtype])))
 
 
-def _eight_bit(case: MeasuredCase, _: Stack) -> MappedCase:
+def _eight_bit(case: MeasuredCase, stack: Stack) -> MappedCase:
     """8-bit operands and 16-bit results, of one matrix or of experts; casts by their bytes."""
     if case.operation not in ("scaled_gemm", "scaled_grouped_gemm"):
         return _traffic(case, case.num_bytes)
@@ -163,7 +163,9 @@ def _eight_bit(case: MeasuredCase, _: Stack) -> MappedCase:
     rows = sum(case.loads) / groups if is_ragged else _size(case, "m")
     product = _product(case, (rows, _size(case, "n"), _size(case, "k")), groups=groups, is_ragged=is_ragged)
     assert isinstance(product.work, Gemm)
-    return MappedCase((replace(product, work=replace(product.work, output_bytes=PRECISION_BYTES[RESULT_PRECISION])),))
+    product = replace(product, work=replace(product.work, output_bytes=PRECISION_BYTES[RESULT_PRECISION]))
+    slowdown = stack.quantised_expert_slowdown
+    return MappedCase((slower(product, slowdown.value) if is_ragged and slowdown else product,))
 
 
 def _attention(case: MeasuredCase, stack: Stack) -> MappedCase:

@@ -14,8 +14,15 @@ from random_scenarios import loaded, random_document, shipped_library
 
 from moesim.cost.efficiency_surfaces import DeviceRates, device_rates
 from moesim.cost.fitted_surfaces import NO_SURFACES, SURFACE_OPERATORS
-from moesim.cost.kernel_times import extra_output_bytes, four_constant_gemm_s, gemm_times_s
-from moesim.cost.moe_surface import grouped_gemm_time_s
+from moesim.cost.kernel_times import (
+    extra_output_bytes,
+    four_constant_gemm_s,
+    gemm_surface_in_step,
+    gemm_times_s,
+    moe_parameters_in_step,
+)
+from moesim.cost.moe_rank_loads import TILE_ROWS, RankLoad
+from moesim.cost.moe_surface import UNCACHED, _grouped_gemm_s, grouped_gemm_time_s
 from moesim.cost.operators import attention_cost, gemm_cost, loaded_gemm
 from moesim.cost.surface_transfer import device_surfaces
 from moesim.estimation.loading import load
@@ -191,10 +198,56 @@ def test_weight_gradients_pay_for_reading_and_writing_fp32():
 
 def test_load_grows_the_tokens_of_each_pass():
     forward = gemm_of(100, 2048, 4096)
-    gradient = dataclasses.replace(gemm_of(2048, 4096, 100), accumulates=True)
+    gradient = dataclasses.replace(gemm_of(2048, 4096, 100), sums_tokens=True)
     assert loaded_gemm(forward, np.array([2.0])).rows[0] == 200
     assert loaded_gemm(gradient, np.array([2.0])).inner[0] == 200
     assert loaded_gemm(gradient, np.array([2.0])).rows[0] == 2048
+
+
+def test_rows_that_scatter_fill_the_tiles_they_fill_on_average():
+    assert H100.surfaces.moe
+    numbers, machine = H100.surfaces.moe.parameters, H100.surfaces.moe.machine
+    groups = 4096
+    rows = np.random.default_rng(0).poisson(512.0, groups)
+    tiles = np.stack([np.ceil(rows / size).sum() for size in TILE_ROWS])[None]
+    drawn = RankLoad(np.array([rows.sum()]), np.array([float(groups)]), tiles, np.zeros(1))
+    sizes = (np.array([4096.0]), np.array([2048.0]))
+    expected = _grouped_gemm_s(numbers, machine, drawn, sizes, UNCACHED)
+    mean = np.array([rows.mean()]), *sizes
+    even, scattered = (
+        grouped_gemm_time_s(numbers, machine, mean, groups=np.array([float(groups)]), row_dispersion=dispersion)
+        for dispersion in (0.0, 1.0)
+    )
+    assert scattered == pytest.approx(expected, rel=0.01)
+    assert even < 0.97 * expected
+
+
+@given(rows=st.floats(0.1, 5e4), step=st.floats(1.0, 1.2), dispersion=st.sampled_from([0.0, 0.3, 1.0, 50.0]))
+def test_more_scattered_rows_never_take_less_time(rows, step, dispersion):
+    assert H100.surfaces.moe
+    numbers, machine = H100.surfaces.moe.parameters, H100.surfaces.moe.machine
+    sizes = (np.array([rows, rows * step]), np.array([4096.0]), np.array([2048.0]))
+    time_s = grouped_gemm_time_s(numbers, machine, sizes, groups=np.array([16.0]), row_dispersion=dispersion)
+    assert time_s[1] >= time_s[0] * (1 - 1e-9)
+
+
+def test_8_bit_products_have_the_fraction_of_their_device_and_as_long_a_prologue():
+    surfaces = H100.surfaces
+    assert surfaces.gemm
+    assert surfaces.moe
+    rates = dataclasses.replace(H100, eight_bit_fraction=0.9)
+    for wide in (2.0, 4.0):
+        assert gemm_surface_in_step(surfaces.gemm, rates, wide) == gemm_surface_in_step(surfaces.gemm, H100, wide)
+    core, narrow = surfaces.gemm.core, gemm_surface_in_step(surfaces.gemm, rates, 1.0).core
+    assert narrow.compute_fraction == pytest.approx(0.9 * core.compute_fraction * rates.gemm_in_step)
+    assert narrow.prologue_length == 2.0 * core.prologue_length
+    assert narrow.chunk_latency_s == 0.5 * core.chunk_latency_s
+    numbers = moe_parameters_in_step(surfaces.moe, rates, 1.0)
+    assert numbers.compute_fraction == pytest.approx(
+        0.9 * surfaces.moe.parameters.compute_fraction * rates.gemm_in_step
+    )
+    large = dataclasses.replace(gemm_of(8192, 8192, 8192), precision="fp8", input_bytes=1.0)
+    assert 1.5 * seconds(large, rates) < seconds(gemm_of(8192, 8192, 8192), rates) < 2.0 * seconds(large, rates)
 
 
 def test_ragged_experts_take_the_grouped_formula_after_a_launch():

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesim.cost.operators import loaded_gemm
 from moesim.describe.model import MixtureOfExperts
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario
@@ -260,6 +261,28 @@ def test_fixed_slots_hide_a_skewed_load_and_dropless_routing_shows_it(shipped: S
     assert factors == {1.5}
     fixed = shipped(MIXTRAL, skew, "model.moe.router.capacity_factor=1.0")
     assert {float(row.load_factor[0]) for row in operations(fixed) if row.load_factor is not None} == {1.0}
+
+
+def expert_gemms(loaded: LoadedScenario) -> dict[str, Gemm]:
+    rows = [row for row in operations(loaded) if row.category == "expert_gemm" and row.name == "expert.up"]
+    return {row.phase: row.work for row in rows if isinstance(row.work, Gemm)}
+
+
+def test_rows_of_experts_scatter_where_tokens_choose_freely(shipped: Shipped) -> None:
+    free, preset = expert_gemms(shipped(MIXTRAL)), "model.moe.router.imbalance={kind: preset, name: W0}"
+    for phase, dispersion in {"forward": 1.0, "activation_gradient": 1.0, "weight_gradient": 0.0}.items():
+        assert np.all(free[phase].row_dispersion == dispersion)
+    for even in (shipped(MIXTRAL, preset), shipped(MIXTRAL, "model.moe.router.capacity_factor=1.0")):
+        assert all(np.all(work.row_dispersion == 0) for work in expert_gemms(even).values())
+
+
+def test_tokens_are_the_inner_length_of_weight_gradients_even_where_a_kernel_cannot_add(shipped: Shipped) -> None:
+    for stack in ("megatron_core_nccl", "pytorch_grouped_mm_nccl"):
+        works = expert_gemms(shipped(MIXTRAL, f"stack={stack}"))
+        assert {phase for phase, work in works.items() if work.sums_tokens} == {"weight_gradient"}
+        doubled = loaded_gemm(works["weight_gradient"], np.array([2.0]))
+        assert doubled.inner[0] == 2.0 * works["weight_gradient"].inner[0]
+        assert doubled.rows[0] == works["weight_gradient"].rows[0]
 
 
 def test_expert_tensor_ranks_gather_every_row_and_hold_a_shard(shipped: Shipped) -> None:

@@ -19,6 +19,7 @@ PLANTED = {
     "sustained_clock_fraction": 0.7,
     "kernels.gemm.accumulation_fraction": 0.4,
     "kernels.gemm.unaligned_slowdown": 3.5,
+    "kernels.gemm.eight_bit_fraction": 0.8,
     "kernels.memory_bound.memory_fraction": 0.66,
     "kernels.memory_bound.fixed_time": 3e-6,
     "kernels.memory_bound.update_fraction": 0.5,
@@ -43,6 +44,11 @@ def gemms():
     return [case("gemm", "gemm", kind, shape) for shape in shapes for kind in ("forward", "dgrad", "wgrad")]
 
 
+def scaled():
+    shapes = [{"m": m, "n": n, "k": 4096, "scaling": "tensor"} for m in (512, 4096) for n in (1024, 4096)]
+    return [case("eight_bit", "scaled_gemm", "forward", shape, dtype="fp8") for shape in shapes]
+
+
 def streams():
     sizes = [(rows, columns) for rows in (128, 1024, 8192, 65536) for columns in (1024, 4096)]
     shapes = [{"rows": rows, "columns": columns} for rows, columns in sizes]
@@ -64,7 +70,7 @@ def measured(cases, at, *, seed=None):
 
 
 def test_planted_constants_come_back_exactly_from_exact_times(h200):
-    cases = measured(gemms() + streams() + updates(), at_values(h200, PLANTED))
+    cases = measured(gemms() + streams() + updates() + scaled(), at_values(h200, PLANTED))
     found = calibrate(cases, h200.device, h200.stack, h200.surfaces, source="synthetic")
     for path, planted in PLANTED.items():
         figure = figure_at(found.device, path)

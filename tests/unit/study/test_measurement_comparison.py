@@ -69,10 +69,10 @@ def test_a_loop_over_experts_is_one_gemm_for_each_with_rows(h200, compared):
     assert looped.predicted_s == pytest.approx(sum(case.predicted_s for case in single), rel=1e-12)
 
 
-def test_a_grouped_gemm_is_priced_at_the_mean_rows_of_the_local_experts(h200, compared):
+def test_a_grouped_gemm_is_priced_at_the_mean_and_scatter_of_the_rows_of_the_local_experts(h200, compared):
     record = result("grouped_gemm", "grouped_gemm", "dgrad", {"n": 1536, "k": 2048}, loads=[0, 100, 300, 400])
     (case,) = compared(record).compared
-    work = Gemm(one(200), one(2048), one(1536), one(4), "bf16", 2.0, 2.0, is_ragged=True)
+    work = Gemm(one(200), one(2048), one(1536), one(4), "bf16", 2.0, 2.0, is_ragged=True, row_dispersion=125.0)
     assert case.predicted_s == pytest.approx(gemm_cost(work, h200.alone.device)[0][0], rel=1e-12)
 
 
