@@ -46,6 +46,7 @@ ATTENTION_FORMULA = (
     "memory = bytes / (bandwidth fraction)"
 )
 TRAFFIC_FORMULA = "t0 kernels + bytes / (bandwidth fraction)"
+CONVERSION_FORMULA = f"t0 kernels + ||conversion, bytes / (bandwidth fraction)||_p, p = {OVERLAP_EXPONENT}"
 COLLECTIVE_FORMULAS = {
     "all_to_all": "L + t + c sqrt(L t), faster protocol; L = base and peer latencies of the levels crossed, "
     "t = max over levels of bytes across it / (fraction bandwidth)",
@@ -221,7 +222,11 @@ def _traffic(work: MemoryTraffic, hardware: Hardware, kernels: int) -> Explanati
     rates = hardware.device
     num_bytes = float(np.ravel(work.num_bytes)[0])
     wire = f"{num_bytes:.12g} / ({rates.memory_bandwidth:.12g} * {rates.traffic_fraction:.12g})"
-    return Explanation(TRAFFIC_FORMULA, f"{kernels} * {rates.traffic_fixed_s:.12g} + {wire}")
+    fixed = f"{kernels} * {rates.traffic_fixed_s:.12g}"
+    if np.any(work.compute_s):
+        compute = f"{float(np.ravel(work.compute_s)[0]):.12g}"
+        return Explanation(CONVERSION_FORMULA, _norm(fixed, compute, wire))
+    return Explanation(TRAFFIC_FORMULA, f"{fixed} + {wire}")
 
 
 def _collective(work: Collective, hardware: Hardware) -> Explanation:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moesim.cost.collectives import collective_time
 from moesim.cost.communication_libraries import FabricRates
-from moesim.cost.efficiency_surfaces import DeviceRates
+from moesim.cost.efficiency_surfaces import DeviceRates, combined_time_s
 from moesim.cost.kernel_times import attention_core_s, gemm_bytes, gemm_times_s
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import AttentionCore, Collective, Gemm, MemoryTraffic, Operation, Work
@@ -68,7 +68,9 @@ def loaded_work(work: Work, load: FloatArray) -> Work:
     match work:
         case Gemm():
             return loaded_gemm(work, load)
-        case MemoryTraffic() | Collective():
+        case MemoryTraffic():
+            return replace(work, num_bytes=work.num_bytes * load, compute_s=work.compute_s * load)
+        case Collective():
             return replace(work, num_bytes=work.num_bytes * load)
         case AttentionCore():
             return work
@@ -128,7 +130,10 @@ def attention_cost(work: AttentionCore, rates: DeviceRates, kernels: int) -> tup
 
 
 def traffic_cost(work: MemoryTraffic, rates: DeviceRates, kernels: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Time, ideal time and (zero) FLOPs of element-wise work: t0 per kernel + bytes / (B fraction)."""
+    """Time, ideal time and (zero) FLOPs of element-wise work: t0 per kernel + ||bytes / (B fraction), compute||_p."""
     ideal_s = work.num_bytes / rates.memory_bandwidth
-    time_s = (kernels * rates.traffic_fixed_s + ideal_s / rates.traffic_fraction) * (work.num_bytes > 0)
+    moved_s = ideal_s / rates.traffic_fraction
+    if np.any(work.compute_s):
+        moved_s = combined_time_s(np.broadcast_to(work.compute_s, moved_s.shape), moved_s)
+    time_s = (kernels * rates.traffic_fixed_s + moved_s) * (work.num_bytes > 0)
     return time_s, ideal_s, work.num_bytes * 0.0

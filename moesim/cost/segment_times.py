@@ -11,7 +11,7 @@ from moesim.cost.operators import Hardware, OperationCost, loaded_gemm, price_al
 from moesim.describe.hardware import CommunicationKernels
 from moesim.structure.columns import FloatArray
 from moesim.structure.overlap_programs import MOVED, Segment, segment_shares
-from moesim.structure.step_graph import AttentionCore, Collective, Gemm, Operation, Work
+from moesim.structure.step_graph import AttentionCore, Collective, Gemm, MemoryTraffic, Operation, Work
 
 MOST_LOSS = 0.95
 """Compute never stops: a kernel that holds all compute units leaves a twentieth of the speed."""
@@ -77,6 +77,8 @@ def _scaled(work: Work, factor: float) -> Work:
             return loaded_gemm(work, np.full(1, factor))
         case AttentionCore():
             return work
+        case MemoryTraffic():
+            return replace(work, num_bytes=work.num_bytes * factor, compute_s=work.compute_s * factor)
         case _:
             return replace(work, num_bytes=work.num_bytes * factor)
 

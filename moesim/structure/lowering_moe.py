@@ -374,7 +374,7 @@ def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation
             continue
         product = replace(row.work, output_bytes=activation_bytes, accumulates=False)
         weights = product.groups * product.rows * product.columns
-        added = MemoryTraffic(weights * measured.expert_gradient_bytes)
+        added = MemoryTraffic(weights * measured.expert_gradient_bytes, weights * measured.expert_gradient_s)
         rows.append(replace(row, work=product))
         rows.append(replace(row, name=f"{row.name}.sum", work=added, load_factor=None))
     return rows

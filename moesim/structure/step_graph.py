@@ -125,9 +125,13 @@ class AttentionCore:
 
 @dataclass(frozen=True)
 class MemoryTraffic:
-    """An element-wise or data-moving kernel: bytes read and written, array (n_cases,)."""
+    """An element-wise or data-moving kernel: bytes read and written, array (n_cases,).
+
+    ``compute_s`` is what the compute units take where they, too, are busy: for converting between widths.
+    """
 
     num_bytes: FloatArray
+    compute_s: FloatArray | float = 0.0
 
 
 @dataclass(frozen=True)

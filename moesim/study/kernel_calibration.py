@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from moesim.cost.attention_surface import AttentionParameters, AttentionTimeSurface
-from moesim.cost.efficiency_surfaces import device_rates
+from moesim.cost.efficiency_surfaces import OVERLAP_EXPONENT, device_rates
 from moesim.describe.hardware import ElementwiseKernels
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.structure.columns import FloatArray
@@ -223,13 +223,13 @@ def measured_elementwise(cases: Sequence[MeasuredCase], judge: Judge, *, source:
         forward = by_pass.get("forward", fields.get(name, {}).get("forward"))
         backward = by_pass.get("backward", fields.get(name, {}).get("backward", forward))
         fields[name] = {"forward": _rounded(forward), "backward": _rounded(backward)}
-    kernels, gradient = sort_kernels(cases, judge), separate_sum_bytes(cases, judge)
+    kernels, gradient = sort_kernels(cases, judge), separate_sum_s(cases, judge)
     if kernels is not None:
         fields["sort_kernels"] = kernels
     if gradient is not None:
-        fields["expert_gradient_bytes"] = _rounded(gradient)
+        fields["expert_gradient_bytes"], fields["expert_gradient_s"] = SUM_BYTES, float(f"{gradient:.3g}")
     elif any(case.suite == "grouped_gemm" and case.pass_name == "wgrad" for case in cases):
-        fields["expert_gradient_bytes"] = None  # the product adds
+        fields["expert_gradient_bytes"], fields["expert_gradient_s"] = None, 0.0  # the product adds
     fields["source"] = source
     try:
         return ElementwiseKernels.model_validate(fields)
@@ -267,13 +267,18 @@ ELEMENTS: Mapping[str, tuple[str, Callable[[MeasuredCase], float]]] = {
 }
 
 
-def separate_sum_bytes(cases: Sequence[MeasuredCase], judge: Judge) -> float | None:
-    """Bytes at the streaming rate that adding one expert weight's gradient takes; None where no case shows it.
+SUM_BYTES = 10.0
+"""A gradient in 16 bits is read, a sum in fp32 read and written."""
 
-    The time of the cases whose weight gradients are added by a kernel of their own, less that of the product.
+
+def separate_sum_s(cases: Sequence[MeasuredCase], judge: Judge) -> float | None:
+    """Seconds that compute units take to add one expert weight's gradient to its sum; None where no case shows it.
+
+    The time of the cases whose weight gradients are added by a kernel of their own, less that of the product, holds
+    the traffic of ``SUM_BYTES`` at the streaming rate and, in the p-norm of GEMMs, the conversion.
     """
     rates = judge.alone.device
-    rate = rates.memory_bandwidth * rates.traffic_fraction
+    moved_s = SUM_BYTES / (rates.memory_bandwidth * rates.traffic_fraction)
     found = []
     for case in cases:
         is_grouped = case.suite == "grouped_gemm" and case.text("method") != "loop"
@@ -285,5 +290,6 @@ def separate_sum_bytes(cases: Sequence[MeasuredCase], judge: Judge) -> float | N
         one = replace(map_case(case, judge.stack), operations=(replace(operation, work=product),))
         (time_s,) = operation_times_s([one], judge)
         weights = float((product.groups * product.rows * product.columns)[0])
-        found.append((case.median_s - float(time_s.sum()) - rates.traffic_fixed_s) * rate / weights)
-    return float(np.median(found)) if found else None
+        each_s = (case.median_s - float(time_s.sum()) - rates.traffic_fixed_s) / weights
+        found.append(max(each_s, moved_s) ** OVERLAP_EXPONENT - moved_s**OVERLAP_EXPONENT)
+    return float(np.median(found)) ** (1.0 / OVERLAP_EXPONENT) if found else None

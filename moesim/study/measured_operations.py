@@ -209,7 +209,7 @@ def _memory_bound(case: MeasuredCase, stack: Stack) -> MappedCase:
 def _share(operation: Operation, share: float) -> Operation:
     """Part of an element-wise operation."""
     assert isinstance(operation.work, MemoryTraffic)
-    work = MemoryTraffic(operation.work.num_bytes * share)
+    work = MemoryTraffic(operation.work.num_bytes * share, operation.work.compute_s * share)
     return replace(operation, work=work, kernels=max(round(operation.kernels * share), 1))
 
 
