@@ -78,6 +78,9 @@ def warnings_of(
 
 
 def _placement_warnings(system: System, columns: Columns) -> Iterator[AnswerWarning]:
+    """Groups whose closed forms are rough; simulated on the wires they are what they are."""
+    if system.hardware.fabric.contention is not None:
+        return
     for dimension in GROUPED:
         group = process_group(columns, system.scenario.parallelism.rank_order, dimension)
         if domain := crossed_level(group, system.hardware.fabric.sizes):

@@ -12,7 +12,8 @@ from moesim.cost.collectives import fabric_rates
 from moesim.describe.hardware import FatTree
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.engine.flow_contention import FlowContention
-from moesim.estimation.estimate import estimate
+from moesim.estimation.estimate import estimate, estimate_loaded, with_network
+from moesim.estimation.loading import load
 from moesim.structure.placement import ProcessGroup
 
 LIBRARY = HardwareLibrary()
@@ -69,6 +70,26 @@ def test_oversubscribed_leaves_slow_what_crosses_them():
     assert factor(of, "all_to_all", 16) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "share"), [("all_to_all", 0.8), ("all_gather", 0.5), ("all_reduce", 0.5), ("point_to_point", 1.0)]
+)
+def test_groups_across_the_ends_of_nodes_wait_for_those_that_cross(kind, share):
+    """6 of 8, closed form: all in one node. On the wires ranks 6 and 7 send 4/6 of an exchange out, not 5/6 inside.
+
+    Reductions run two rings, as many as the smaller part has members.
+    """
+    of = contention("h100_sxm_hgx_nodes", "megatron_core_nccl", 24)
+    inside, outside = of._bandwidths(kind)
+    assert factor(of, kind, 6) == pytest.approx(share * inside / outside, rel=1e-6)
+
+
+def test_where_a_closed_form_counts_two_full_nodes_the_smaller_part_sends_more_of_it_out():
+    """12 of 8 is counted as two nodes of 8, half of all bytes out; of 8 + 4 the four send 8/12 out."""
+    of = contention("h100_sxm_hgx_nodes", "megatron_core_nccl", 24)
+    assert factor(of, "all_to_all", 12) == pytest.approx((8 / 12) / (8 / 16), rel=1e-6)
+    assert factor(of, "all_gather", 12) == pytest.approx((11 / 12 / 4) / (15 / 16 / 8), rel=1e-6)
+
+
 def test_factors_have_the_shape_of_the_groups():
     of = contention("tpu_v4_8x8x8", "xla_gspmd_modern", 512)
     factors = of("all_gather", ProcessGroup(np.array([[4.0], [8.0]]), np.array([[1.0, 2.0, 1.0]])))
@@ -81,6 +102,15 @@ def test_an_estimate_says_how_its_network_was_priced():
     assert (closed.to_json()["network"], flow.to_json()["network"]) == ("closed", "flow")
     assert flow.step_time_s > closed.step_time_s
     assert flow.lower_s == closed.lower_s
+
+
+def test_groups_across_ends_are_warned_of_by_closed_form_and_timed_on_the_wires():
+    changes = ("devices=48", "parallelism.data=12", "parallelism.expert=4", "workload.sequences_per_step=240")
+    scenario = load("mixtral_8x7b", assignments=changes, library=LIBRARY)
+    closed, flow = estimate_loaded(scenario), estimate_loaded(with_network(scenario, "flow"))
+    assert "W-NET-001" in [warning.code for warning in closed.warnings]
+    assert "W-NET-001" not in [warning.code for warning in flow.warnings]
+    assert flow.step_time_s != closed.step_time_s
 
 
 def test_an_estimate_by_closed_form_loads_neither_networkx_nor_scipy():
