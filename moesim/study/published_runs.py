@@ -20,6 +20,9 @@ from moesim.study.published_models import model_fields
 MEGA = 2**20
 FIRST_FLEXIBLE_DISPATCH, FIRST_WITHOUT_OVERLAP = 25.08, 26.04
 """Releases between which Megatron-Bridge's Hopper recipes with experts over nodes set ``moe_a2a_overlap = True``."""
+FULL_GRAPH = re.compile("full.iteration")
+"""Graphs of a whole iteration: every HybridEP preset of release 26.06 that has them sets the all-to-all's overlap, too;
+later releases' presets name the graphs alone."""
 RECOMPUTE_PATH = "parallelism.recompute"
 DEFAULT_SEQUENCE = 512
 TPU_MICRO_BATCH_TOKENS = 8192
@@ -170,7 +173,11 @@ def stack_options(run: PublishedRun) -> dict[str, Any]:
     overlaps: bool | None = None
     if re.search(r"(a2a|all-to-all) overlap on|ep communication overlap|dualpipe", text):
         overlaps = True
-    elif "overlap off" in text or "no ep overlap" in text or "dispatcher" in text:
+    elif "overlap off" in text or "no ep overlap" in text:
+        overlaps = False
+    elif "hybridep" in text and FULL_GRAPH.search(text):
+        overlaps = True
+    elif "dispatcher" in text:
         overlaps = False
     elif release := _release_of_flexible_dispatch(run):
         overlaps = release < FIRST_WITHOUT_OVERLAP
@@ -184,7 +191,7 @@ def _cuda_graphs(text: str) -> list[str] | None:
         return []
     if graph is None:
         return [] if "dispatcher" in text else None
-    if re.search(r"full.iteration", text):
+    if FULL_GRAPH.search(text):
         return ["step"]
     scopes = graph[1]
     parts = {"attention": "attn", "dense_ffn": "mlp", "router": "router|preprocess", "experts": r"moe\b"}

@@ -173,7 +173,7 @@ def test_steps_and_layers_of_one_rank_are_predicted_within_a_tenth_without_a_fit
         comparison = compare_measurements(read_measurements(file), judged_by)
         assert comparison.by_suite()[suite].median < 0.1
         if name == "memory":
-            assert len(comparison.memory) == 15
+            assert len(comparison.memory) == 26
             assert np.median([abs(one.error) for one in comparison.memory]) < 0.05
             assert "## Memory" in comparison_markdown(comparison, source="m")
 

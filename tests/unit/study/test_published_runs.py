@@ -181,6 +181,8 @@ def test_unpublished_recompute_is_the_least_that_fits() -> None:
         ("", None, None),
         ("dispatcher hybridep", [], False),
         ("dispatcher hybridep; CUDA graph full_iteration ; EP A2A overlap on", ["step"], True),
+        ("dispatcher hybridep; CUDA graph full_iteration ", ["step"], True),
+        ("HybridEP, full-iteration CUDA graph; overlap off", ["step"], False),
         ("CUDA graph local f+u+l+l+_+i+t+e+r+a+t+i+o+n", ["step"], None),
         ("dispatcher deepep; CUDA graph transformer_engine moe_router+moe_preprocess", ["router"], False),
         ("TE CUDA graphs attn+mlp", ["attention", "dense_ffn"], None),
