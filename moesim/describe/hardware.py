@@ -362,8 +362,9 @@ class ElementwiseKernels(Description):
     activations, ``router_choice`` over scores. A kernel that does not reach the streaming rate counts as more passes.
     ``sort_kernels`` are short kernels in a row that take as long as sorting the choices by expert.
     ``expert_gradient_bytes`` moved for one weight of an expert where its gradient is added to the sum in fp32 by a
-    kernel of its own, at the streaming rate; null where the product does it. ``expert_gradient_s`` is what the compute
-    units take for one, who widen it from 16 to 32 bits; it combines with the traffic as in a GEMM.
+    kernel of its own, at the streaming rate; null where the product does it. ``widening_s`` is what the compute
+    units take for an element that a kernel widens from 16 to 32 bits, in casts and sums of gradients; it combines with
+    the traffic as in a GEMM.
     """
 
     norm: KernelPasses
@@ -375,7 +376,7 @@ class ElementwiseKernels(Description):
     router_choice: KernelPasses
     sort_kernels: NonNegativeCount
     expert_gradient_bytes: Passes | None = None
-    expert_gradient_s: Annotated[float, Field(ge=0, le=1e-6, allow_inf_nan=False, strict=True)] = 0.0
+    widening_s: Annotated[float, Field(ge=0, le=1e-6, allow_inf_nan=False, strict=True)] = 0.0
     source: Annotated[str, Field(min_length=3)]
 
 

@@ -179,8 +179,16 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
     projection = linear(context, "router.gemm", "router", shape, precision=router.precision)
     if measured is not None and PRECISION_BYTES[router.precision] > context.activation_bytes:
         elements = routed.tokens * float(context.model.hidden_size)
-        choice += traffic(context, "router.cast", "router", elements, passes=both_passes(measured.router_cast))
+        casts = traffic(context, "router.cast", "router", elements, passes=both_passes(measured.router_cast))
+        choice += [_widening(row, elements * measured.widening_s) for row in casts]
     return projection + choice + _positions(context, routed, logits * sequential)
+
+
+def _widening(operation: Operation, compute_s: FloatArray) -> Operation:
+    """A cast with what compute units take for it; its gradient narrows, which is for free."""
+    if operation.phase != "forward" or not isinstance(operation.work, MemoryTraffic):
+        return operation
+    return replace(operation, work=replace(operation.work, compute_s=compute_s))
 
 
 def _positions(context: LoweringContext, routed: RoutedTokens, entries: FloatArray) -> list[Operation]:
@@ -374,7 +382,7 @@ def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation
             continue
         product = replace(row.work, output_bytes=activation_bytes, accumulates=False)
         weights = product.groups * product.rows * product.columns
-        added = MemoryTraffic(weights * measured.expert_gradient_bytes, weights * measured.expert_gradient_s)
+        added = MemoryTraffic(weights * measured.expert_gradient_bytes, weights * measured.widening_s)
         rows.append(replace(row, work=product))
         rows.append(replace(row, name=f"{row.name}.sum", work=added, load_factor=None))
     return rows

@@ -16,8 +16,9 @@ from moesim.describe.quantities import PRECISION_BYTES
 from moesim.structure.columns import FloatArray
 from moesim.structure.step_graph import Gemm
 from moesim.study.calibration import FOLDS, fold_of, shape_of
+from moesim.study.kernel_tables import half_widths_of_bins
 from moesim.study.measured_cases import MeasuredCase
-from moesim.study.measured_operations import MappedCase, map_case
+from moesim.study.measured_operations import WIDENING, MappedCase, map_case
 from moesim.study.measurement_comparison import Judge, operation_times_s
 from moesim.study.robust_fits import Parameter, RobustFit, Values, fit_robustly
 
@@ -51,10 +52,9 @@ class FittedKernel:
     held_out: FloatArray
     cases: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the kernel as its document holds it."""
+    def to_json(self, half: float) -> dict[str, Any]:
+        """Return the kernel as its document holds it, with a half width of its interval."""
         errors = np.abs(np.expm1(self.held_out))
-        half = float(np.quantile(np.abs(self.held_out), 0.9))
         return {
             "library": self.library,
             "pass": self.pass_name,
@@ -141,9 +141,40 @@ def _log_ratios(key: tuple[str, str], timed: Timed, judge: Judge, values: Values
     return np.log([time_s.sum() / case.median_s for time_s, (case, _) in zip(times, timed, strict=True)])
 
 
-def kernels_document(kernels: Sequence[FittedKernel], device: str, source: str) -> dict[str, Any]:
-    """JSON document of fitted kernels, as ``surfaces/flash_kernels_<device>.json`` holds it."""
-    surface = kernels[0].surface
+def half_widths_of_passes(kernels: Sequence[FittedKernel]) -> dict[str, float]:
+    """Half width of the 90 % interval of each pass: errors of shapes left out, of all libraries together.
+
+    A library has so few shapes that its own widths say little; split conformal, see ``half_widths_of_bins``.
+    """
+    names = dict.fromkeys(kernel.pass_name for kernel in kernels)
+    pooled = {name: np.concatenate([one.held_out for one in kernels if one.pass_name == name]) for name in names}
+    return {
+        name: float(half_widths_of_bins(errors, np.ones_like(errors), [])[0]) for name, errors in pooled.items()
+    }
+
+
+def kernels_document(
+    kernels: Sequence[FittedKernel], device: str, source: str, widths: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """JSON document of fitted kernels, as ``surfaces/flash_kernels_<device>.json`` holds it.
+
+    Parameters
+    ----------
+    kernels : sequence of FittedKernel
+        At least one.
+    device : str
+        Device id.
+    source : str
+        Where the cases come from.
+    widths : mapping of str to float, optional
+        Half width of the interval of each pass, where more is known than these kernels show.
+
+    Returns
+    -------
+    dict
+        The document.
+    """
+    surface, halves = kernels[0].surface, widths or half_widths_of_passes(kernels)
     return {
         "schema_version": 1,
         "operator": "flash_kernels",
@@ -156,7 +187,7 @@ def kernels_document(kernels: Sequence[FittedKernel], device: str, source: str) 
             "compute_units": surface.compute_units,
         },
         "grids": [],
-        "kernels": [kernel.to_json() for kernel in kernels],
+        "kernels": [kernel.to_json(halves[kernel.pass_name]) for kernel in kernels],
     }
 
 
@@ -223,13 +254,15 @@ def measured_elementwise(cases: Sequence[MeasuredCase], judge: Judge, *, source:
         forward = by_pass.get("forward", fields.get(name, {}).get("forward"))
         backward = by_pass.get("backward", fields.get(name, {}).get("backward", forward))
         fields[name] = {"forward": _rounded(forward), "backward": _rounded(backward)}
-    kernels, gradient = sort_kernels(cases, judge), separate_sum_s(cases, judge)
+    kernels, widening = sort_kernels(cases, judge), widening_s(cases, judge)
     if kernels is not None:
         fields["sort_kernels"] = kernels
-    if gradient is not None:
-        fields["expert_gradient_bytes"], fields["expert_gradient_s"] = SUM_BYTES, float(f"{gradient:.3g}")
+    if widening is not None:
+        fields["widening_s"] = float(f"{widening:.3g}")
+    if any(_has_separate_sum(case) for case in cases):
+        fields["expert_gradient_bytes"] = SUM_BYTES
     elif any(case.suite == "grouped_gemm" and case.pass_name == "wgrad" for case in cases):
-        fields["expert_gradient_bytes"], fields["expert_gradient_s"] = None, 0.0  # the product adds
+        fields["expert_gradient_bytes"] = None  # the product adds
     fields["source"] = source
     try:
         return ElementwiseKernels.model_validate(fields)
@@ -271,25 +304,44 @@ SUM_BYTES = 10.0
 """A gradient in 16 bits is read, a sum in fp32 read and written."""
 
 
-def separate_sum_s(cases: Sequence[MeasuredCase], judge: Judge) -> float | None:
-    """Seconds that compute units take to add one expert weight's gradient to its sum; None where no case shows it.
+def widening_s(cases: Sequence[MeasuredCase], judge: Judge) -> float | None:
+    """Seconds that compute units take to widen an element from 16 to 32 bits; None where no case shows it.
 
-    The time of the cases whose weight gradients are added by a kernel of their own, less that of the product, holds
-    the traffic of ``SUM_BYTES`` at the streaming rate and, in the p-norm of GEMMs, the conversion.
+    Casts to fp32, sums of gradients, and what the experts' weight gradients take that are added by a kernel of their
+    own, less their product: each holds its traffic at the streaming rate and, in the p-norm of GEMMs, the conversion.
+    The median of the three kinds, large cases only.
     """
     rates = judge.alone.device
-    moved_s = SUM_BYTES / (rates.memory_bandwidth * rates.traffic_fraction)
-    found = []
+    rate = rates.memory_bandwidth * rates.traffic_fraction
+    found: dict[str, list[float]] = {}
     for case in cases:
-        is_grouped = case.suite == "grouped_gemm" and case.text("method") != "loop"
-        if not is_grouped or case.pass_name != "wgrad" or "add_" not in case.implementation:
+        if case.operation in WIDENING and case.num_bytes >= LARGE_BYTES:
+            elements = _rows(case)
+            each_s, moved_s = (case.median_s - rates.traffic_fixed_s) / elements, case.num_bytes / elements / rate
+        elif _has_separate_sum(case):
+            each_s, moved_s = _sum_s(case, judge), SUM_BYTES / rate
+        else:
             continue
-        (operation,) = map_case(case, judge.stack.model_copy(update={"elementwise": None})).operations
-        assert isinstance(operation.work, Gemm)
-        product = replace(operation.work, output_bytes=2.0, accumulates=False)
-        one = replace(map_case(case, judge.stack), operations=(replace(operation, work=product),))
-        (time_s,) = operation_times_s([one], judge)
-        weights = float((product.groups * product.rows * product.columns)[0])
-        each_s = (case.median_s - float(time_s.sum()) - rates.traffic_fixed_s) / weights
-        found.append(max(each_s, moved_s) ** OVERLAP_EXPONENT - moved_s**OVERLAP_EXPONENT)
-    return float(np.median(found)) ** (1.0 / OVERLAP_EXPONENT) if found else None
+        found.setdefault(case.operation, []).append(_beside(max(each_s, moved_s), moved_s))
+    return float(np.median([np.median(values) for values in found.values()])) if found else None
+
+
+def _beside(both_s: float, one_s: float) -> float:
+    """The other part of a p-norm."""
+    return float((both_s**OVERLAP_EXPONENT - one_s**OVERLAP_EXPONENT) ** (1.0 / OVERLAP_EXPONENT))
+
+
+def _has_separate_sum(case: MeasuredCase) -> bool:
+    is_grouped = case.suite == "grouped_gemm" and case.text("method") != "loop"
+    return is_grouped and case.pass_name == "wgrad" and "add_" in case.implementation
+
+
+def _sum_s(case: MeasuredCase, judge: Judge) -> float:
+    """Time per weight of a case beyond that of its product."""
+    (operation,) = map_case(case, judge.stack.model_copy(update={"elementwise": None})).operations
+    assert isinstance(operation.work, Gemm)
+    product = replace(operation.work, output_bytes=2.0, accumulates=False)
+    one = replace(map_case(case, judge.stack), operations=(replace(operation, work=product),))
+    (time_s,) = operation_times_s([one], judge)
+    weights = float((product.groups * product.rows * product.columns)[0])
+    return (case.median_s - float(time_s.sum()) - judge.alone.device.traffic_fixed_s) / weights

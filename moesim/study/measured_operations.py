@@ -35,6 +35,8 @@ RESULT_PRECISION = "bf16"
 """Of 8-bit products."""
 DEFAULT_METHOD = "default"
 """Attention by whatever library torch chooses."""
+WIDENING = ("cast_to_fp32", "gradient_accumulation")
+"""Kernels that widen each of their elements from 16 to 32 bits."""
 LARGE_COPY_BYTES = 2.0**20
 """From here on a copy between host and device is a matter of its link's bandwidth."""
 
@@ -178,8 +180,8 @@ def _attention(case: MeasuredCase, stack: Stack) -> MappedCase:
     return MappedCase(_of_pass(dense_part(context, DENSE_LAYER), case, "attention.core"), attention_library=library)
 
 
-def _traffic(case: MeasuredCase, num_bytes: float) -> MappedCase:
-    work = MemoryTraffic(_one(num_bytes))
+def _traffic(case: MeasuredCase, num_bytes: float, *, compute_s: float = 0.0) -> MappedCase:
+    work = MemoryTraffic(_one(num_bytes), _one(compute_s))
     return MappedCase((Operation(case.operation, "memory_bound", "forward", "compute", work),))
 
 
@@ -192,13 +194,12 @@ def _memory_bound(case: MeasuredCase, stack: Stack) -> MappedCase:
         "gated_activation": "dense_ffn.activation",
     }
     if case.operation not in names:
-        return _traffic(case, case.num_bytes)
+        widening_s = stack.elementwise.widening_s if stack.elementwise and case.operation in WIDENING else 0.0
+        return _traffic(case, case.num_bytes, compute_s=_size(case, "rows") * _size(case, "columns") * widening_s)
     rows, columns = _size(case, "rows"), _size(case, "columns")
     is_fused = case.operation != "gated_activation" or "two kernels" not in case.implementation
     fields = _dense_fields(int(columns))
     chosen = stack.model_copy(update={"fuses_elementwise": is_fused, "compiler": None})
-    if case.operation == "layer_norm":  # a stack's measured norm is the root mean square's
-        chosen = chosen.model_copy(update={"elementwise": None})
     context = _context(fields, case.dtype, chosen, 1.0, rows)
     operations = _of_pass(dense_part(context, DENSE_LAYER), case, names[case.operation])
     if names[case.operation].startswith("norm_residual"):  # a layer has two of each

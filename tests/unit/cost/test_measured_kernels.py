@@ -100,7 +100,7 @@ def test_gradients_of_experts_are_added_by_a_kernel_of_their_own_with_the_bytes_
     assert (product.work.output_bytes, product.work.accumulates) == (2.0, False)
     weights = 128 * 2 * 768 * 2048
     assert added.work.num_bytes[0] == pytest.approx(weights * STACK.elementwise.expert_gradient_bytes)
-    assert np.ravel(added.work.compute_s)[0] == pytest.approx(weights * STACK.elementwise.expert_gradient_s)
+    assert np.ravel(added.work.compute_s)[0] == pytest.approx(weights * STACK.elementwise.widening_s)
     others = {(row.name, row.phase): row for row in layer("backward", library.stack("megatron_core_nccl"))}
     work = others["expert.up", "weight_gradient"].work
     assert isinstance(work, Gemm)

@@ -10,7 +10,7 @@ import pytest
 from moesim.describe.hardware_library import HardwareLibrary
 from moesim.study.calibration import at_values, calibrate, fold_of, half_of, is_fit_half, shape_of
 from moesim.study.device_figures import figure_at, fitted_figure, with_value
-from moesim.study.kernel_calibration import elementwise_passes, fit_attention_kernels, separate_sum_s
+from moesim.study.kernel_calibration import elementwise_passes, fit_attention_kernels, widening_s
 from moesim.study.measured_cases import MeasuredCase, Measurements
 from moesim.study.measured_operations import map_case
 from moesim.study.measurement_comparison import judge, operation_times_s
@@ -152,7 +152,7 @@ def test_passes_and_separate_sums_of_a_stack_come_back(h200):
     passes = elementwise_passes(cases, h200)
     assert passes["norm"]["backward"] == pytest.approx(stack.norm.backward, rel=1e-6)
     assert passes["unpermute"]["forward"] == pytest.approx(stack.unpermute.forward, rel=0.05)
-    assert separate_sum_s(cases, h200) == pytest.approx(stack.expert_gradient_s, rel=1e-6)
+    assert widening_s(cases, h200) == pytest.approx(stack.widening_s, rel=1e-6)
 
 
 def test_halves_and_folds_keep_all_passes_presets_and_libraries_of_a_shape_together():
