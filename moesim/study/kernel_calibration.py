@@ -148,9 +148,7 @@ def half_widths_of_passes(kernels: Sequence[FittedKernel]) -> dict[str, float]:
     """
     names = dict.fromkeys(kernel.pass_name for kernel in kernels)
     pooled = {name: np.concatenate([one.held_out for one in kernels if one.pass_name == name]) for name in names}
-    return {
-        name: float(half_widths_of_bins(errors, np.ones_like(errors), [])[0]) for name, errors in pooled.items()
-    }
+    return {name: float(half_widths_of_bins(errors, np.ones_like(errors), [])[0]) for name, errors in pooled.items()}
 
 
 def kernels_document(
