@@ -44,6 +44,12 @@ def calibrate(
     level: Annotated[
         str, typer.Option("--level", metavar="NAME", help="Links that logs and traces ran over.")
     ] = "links",
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster", metavar="ID", help="Whose levels collectives ran over: --stack-out gets their links."
+        ),
+    ] = None,
     as_json: JsonOption = False,
     profiles: ProfilesOption = None,
 ) -> int:
@@ -56,9 +62,10 @@ def calibrate(
     cases, links = _read(results, _kind(collective), level, is_shortest=time == "minimum")
     source = ", ".join(path.name for path in results)
     result = _fit(cases, links, library, profile, stack, is_half=half == "fit", source=source)
+    collectives = _collectives(result, library, stack or DEFAULT_STACK, cluster, source) if cluster else None
     _write(result, library, profile, out, source)
     if stack_out is not None:
-        _write_stack(result, library, stack or DEFAULT_STACK, stack_out)
+        _write_stack(result, library, stack or DEFAULT_STACK, stack_out, collectives)
     if as_json:
         sys.stdout.write(json.dumps({**result.to_json(), "profile": out.stem}, indent=1, allow_nan=False) + "\n")
     else:
@@ -178,15 +185,28 @@ def _write(result: CalibrationResult, library: HardwareLibrary, profile: str, ou
         write_json(folder / SURFACES / f"{KERNELS}_{out.stem}.json", document)
 
 
-def _write_stack(result: CalibrationResult, library: HardwareLibrary, stack: str, out: Path) -> None:
-    """Write the stack's profile with the launch times and element-wise kernels that were measured."""
+def _collectives(
+    result: CalibrationResult, library: HardwareLibrary, stack: str, cluster: str, source: str
+) -> dict[str, Any]:
+    """The stack's collectives with the links that were measured, as its profile has them."""
+    from moesim.formats.profile_files import plain_fields
+    from moesim.study.link_profiles import measured_collectives
+
+    tiers = measured_collectives(library.stack(stack), library.cluster(cluster), result.levels, source=source)
+    return {name: plain_fields(tier) for name, tier in tiers.items()}
+
+
+def _write_stack(
+    result: CalibrationResult, library: HardwareLibrary, stack: str, out: Path, collectives: dict[str, Any] | None
+) -> None:
+    """Write the stack's profile with the launch times, element-wise kernels and links that were measured."""
     from moesim.describe.quantities import DurationFigure, Figure, NumberFigure
     from moesim.formats.profile_files import write_profile
 
     base = library.path("stacks", stack)
     assert base is not None
     figures: dict[str, Figure] = {
-        f"launch.{name}": DurationFigure(value=seconds, kind="fitted", source="moesim calibrate", error_fraction=0.2)
+        f"launch.{name}": DurationFigure.fitted(seconds, "moesim calibrate", 0.2)
         for name, seconds in result.host.items()
         if name in ("kernel_launch_time", "host_synchronisation_time")
     }
@@ -200,4 +220,6 @@ def _write_stack(result: CalibrationResult, library: HardwareLibrary, stack: str
     fields: dict[str, Any] = {"name": f"{library.stack(stack).name}, calibrated"}
     if result.elementwise is not None:
         fields["elementwise"] = result.elementwise.model_dump()
+    if collectives is not None:
+        fields["collectives"] = collectives
     write_profile(base, out, figures=figures, fields=fields)

@@ -80,6 +80,11 @@ class DurationFigure(Figure):
 
     value: Annotated[float, Field(ge=0, allow_inf_nan=False), _parser("seconds")]
 
+    @classmethod
+    def fitted(cls, seconds: float, source: str, error_fraction: float | None = None) -> DurationFigure:
+        """Return a fitted time given in seconds, which profiles write with a unit."""
+        return cls.model_construct(value=seconds, kind="fitted", source=source, error_fraction=error_fraction)
+
 
 class FrequencyFigure(Figure):
     """A frequency in Hz; text such as ``"1.53 GHz"``."""

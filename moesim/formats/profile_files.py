@@ -12,6 +12,7 @@ from typing import Any
 from moesim.describe.quantities import (
     BandwidthFigure,
     BytesFigure,
+    Description,
     DurationFigure,
     Figure,
     FlopRateFigure,
@@ -79,6 +80,31 @@ def _plain(figure: Figure) -> dict[str, Any]:
     if figure.error_fraction is not None:
         plain["error_fraction"] = float(f"{figure.error_fraction:.2g}")
     return plain
+
+
+def plain_fields(description: Description) -> dict[str, Any]:
+    """Fields of a part of a profile as its YAML file has them: figures with their units, no nulls.
+
+    Parameters
+    ----------
+    description : Description
+        Such as a stack's tier of links.
+
+    Returns
+    -------
+    dict
+        Plain values.
+    """
+    fields: dict[str, Any] = {}
+    for name in type(description).model_fields:
+        value = getattr(description, name)
+        if isinstance(value, Figure):
+            fields[name] = _plain(value)
+        elif isinstance(value, Description):
+            fields[name] = plain_fields(value)
+        elif value is not None:
+            fields[name] = value
+    return fields
 
 
 def write_json(target: Path, document: Mapping[str, Any]) -> None:

@@ -45,7 +45,7 @@ class LinkCase:
 
 @dataclass(frozen=True)
 class FittedLevel:
-    """Alpha (seconds per round) and beta (bytes/s per device, one direction) of one kind of collectives on a level."""
+    """Alpha (seconds per round, or per peer of an exchange) and beta (bytes/s per device, one direction) of one kind of collectives on a level."""
 
     level: str
     family: str
@@ -98,7 +98,7 @@ def fit_links(cases: Sequence[LinkCase]) -> list[FittedLevel]:
 
     Notes
     -----
-    t = rounds alpha + wire bytes / beta, with rounds and bytes of the ring or the direct exchange
+    t = rounds alpha + wire bytes / beta, with rounds (peers) and bytes of the ring or the direct exchange
     (:mod:`moesim.cost.collective_algorithms`). Left out in turn for the held-out error: every number of ranks, or
     every other size where there is one number only.
     """
@@ -147,14 +147,15 @@ def _fit(cases: Sequence[LinkCase]) -> RobustFit:
 
 
 def _demands(cases: Sequence[LinkCase]) -> tuple[FloatArray, FloatArray]:
-    """Rounds and wire bytes of each case, arrays (n_cases,)."""
+    """Rounds (of a direct exchange: peers) and wire bytes of each case, arrays (n_cases,)."""
     rounds, wire = np.zeros(len(cases)), np.zeros(len(cases))
     for index, case in enumerate(cases):
         links = FabricLevel("links", case.ranks, 1.0, False, False, False, 0.0)
         traffic = GroupTraffic(np.array([case.num_bytes]), np.array([[float(case.ranks)]]))
         algorithm = algorithms_of(case.kind)[ALGORITHM_OF[case.kind]]
         (demand,) = algorithm.demand(case.kind, traffic, Fabric((links,), 1)).levels
-        rounds[index], wire[index] = float(demand.rounds[0]), float(demand.wire_bytes[0])
+        steps = demand.peers if demand.peers[0] > 0 else demand.rounds
+        rounds[index], wire[index] = float(steps[0]), float(demand.wire_bytes[0])
     return np.maximum(rounds, 1.0), wire
 
 

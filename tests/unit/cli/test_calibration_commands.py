@@ -92,6 +92,17 @@ def test_json_states_errors_covariance_held_out_errors_and_refusals(capsys, tmp_
     assert (tmp_path / "surfaces" / "flash_kernels_mine.json").is_file()
 
 
+def test_a_stack_gets_the_launch_times_that_were_measured(tmp_path, some):
+    (tmp_path / "devices").mkdir()
+    (tmp_path / "stacks").mkdir()
+    out, stack_out = tmp_path / "devices" / "mine.yaml", tmp_path / "stacks" / "my_launches.yaml"
+    arguments = ["--profile", "h200_sxm", "--out", str(out), "--stack-out", str(stack_out)]
+    assert main(["calibrate", some, *arguments]) == 0
+    launch = HardwareLibrary([tmp_path]).stack("my_launches").launch
+    assert launch.kernel_launch_time.value == pytest.approx(6e-6, rel=0.1)
+    assert launch.kernel_launch_time.kind == "fitted"
+
+
 def test_a_log_alone_fits_its_links_and_refuses_the_rest(capsys, tmp_path):
     log = tmp_path / "all_reduce.log"
     ranks = "".join(f"#  Rank {rank} Group  0 Pid 1 on a device {rank} [0x00] H100\n" for rank in range(8))
