@@ -12,6 +12,7 @@ import numpy as np
 from moesim.describe.model import LatentAttention, MultiHeadAttention
 from moesim.describe.quantities import PRECISION_BYTES
 from moesim.describe.scenario import Optimizer, Scenario
+from moesim.structure.activations_in_flight import most_held
 from moesim.structure.columns import RECOMPUTE_CODES, FloatArray
 from moesim.structure.layers import LayerKind, LayerSequence, StagePlan
 from moesim.structure.lowering import LoweringContext
@@ -355,9 +356,12 @@ def chunk_activations(
 
 
 def _training_activations(context: LoweringContext, plan: StagePlan, chunks: ChunkActivations) -> FloatArray:
-    """Most bytes in flight on every stage, (stages, n_cases); the chunks of a stage are counted as equal."""
+    """Most bytes in flight on every stage, (stages, n_cases)."""
     schedule = context.scenario.parallelism.pipeline.schedule
     micro_batches = context.columns["num_micro_batches"]
+    if schedule != "gpipe" and plan.placed.held.shape[1] > 1:
+        size = (plan.stages, plan.virtual_stages)
+        return most_held(schedule, *size, micro_batches, chunks.kept, chunks.loss) + chunks.rebuilt
     in_flight = micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, micro_batches)
     activations = chunks.kept[plan.placed.held].sum(axis=1) * in_flight + chunks.rebuilt
     # Under GPipe every micro-batch's loss waits for its backward pass; elsewhere it follows at once.

@@ -45,7 +45,10 @@ class LinkCase:
 
 @dataclass(frozen=True)
 class FittedLevel:
-    """Alpha (seconds per round, or per peer of an exchange) and beta (bytes/s per device, one direction) of one kind of collectives on a level."""
+    """Alpha and beta of one kind of collectives on a level.
+
+    Alpha in seconds per round, of an exchange per peer; beta in bytes/s per device, one direction.
+    """
 
     level: str
     family: str

@@ -54,8 +54,8 @@ def measured_collectives(
             problems.append(Problem("E-SCN-010", message, f"there are {', '.join(named)}", field="--level"))
         elif fitted.fit.values["beta_bytes_per_s"] > LARGEST_FRACTION * level.bandwidth_per_device.value:
             message = (
-                f"{fitted.family} on {fitted.level} reach {fitted.fit.values['beta_bytes_per_s']:.4g} bytes/s, more than "
-                f"the {level.bandwidth_per_device.value:.4g} that {cluster.id} has there"
+                f"{fitted.family} on {fitted.level} reach {fitted.fit.values['beta_bytes_per_s']:.4g} bytes/s, more "
+                f"than the {level.bandwidth_per_device.value:.4g} that {cluster.id} has there"
             )
             problems.append(Problem("E-SCN-010", message, "name the cluster it was measured on", field="--cluster"))
         else:

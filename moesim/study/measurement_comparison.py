@@ -233,8 +233,8 @@ def _host_case(case: MeasuredCase, name: str, judged_by: Judge) -> ComparedCase:
 
 
 NARROW_ERROR = 0.15
-"""Standard deviation of 8-bit products of a device that has no fraction of its own: they reach 0.76 to 1 times what 16-bit
-ones make one expect (best ones known of H100, H200, B200 and GB200)."""
+"""Standard deviation of 8-bit products of a device that has no fraction of its own: they reach 0.76 to 1 times what
+16-bit ones make one expect (best ones known of H100, H200, B200 and GB200)."""
 
 
 def _half_width(mapping: MappedCase, time_s: FloatArray, judged_by: Judge) -> float:
@@ -260,7 +260,7 @@ def _half_width(mapping: MappedCase, time_s: FloatArray, judged_by: Judge) -> fl
 
 
 def _narrow_width(operation: Operation, judged_by: Judge) -> float:
-    """What 8-bit products add to a half width: errors of the device's fraction and, of experts, of the stack's kernels."""
+    """What 8-bit products add to a half width: errors of the device's fraction and, for experts, of the stack's."""
     work, fraction = operation.work, judged_by.device.kernels.gemm.eight_bit_fraction
     if not isinstance(work, Gemm) or work.input_bytes >= PRECISION_BYTES["bf16"]:
         return 0.0

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from moesim.describe.scenario import PipelineParallelism
 from moesim.structure import pipeline_schedules
+from moesim.structure.activations_in_flight import _moments, _undominated, held_at_once
 from moesim.structure.chunk_placement import FOLDED_SCHEDULES, chunk_placement
 from moesim.structure.pipeline_schedules import (
     BACKWARD,
     FORWARD,
+    IN_FLIGHT_ROUNDS,
     INPUT_GRADIENT,
     SCHEDULES,
     WEIGHT_GRADIENT,
@@ -244,3 +246,20 @@ def test_dualpipe_v_is_the_lower_half_of_dualpipe():
 def test_dualpipe_refuses_what_it_cannot_fill(stages, count, schedule):
     with pytest.raises(ValueError, match=schedule):
         build_program(schedule, stages, chunks_of(schedule), count)
+
+
+@pytest.mark.parametrize(("stages", "virtual", "count"), [(2, 2, 8), (4, 3, 12), (3, 4, 3), (8, 2, 32), (1, 3, 2)])
+def test_moments_of_interleaved_stages_are_those_of_their_orders(stages: int, virtual: int, count: int) -> None:
+    placement = chunk_placement("interleaved_one_f_one_b", stages, virtual)
+    for stage, found in enumerate(held_at_once("interleaved_one_f_one_b", stages, virtual, count)):
+        order = stage_order("interleaved_one_f_one_b", stage, stages, virtual, min(count, IN_FLIGHT_ROUNDS * stages))
+        moments = _moments(order, placement.held[stage] == placement.chunks - 1)
+        assert found.tolist() == _undominated(np.unique(moments, axis=0)).tolist()
+
+
+def test_chunks_held_at_once_sum_to_the_micro_batches_in_flight() -> None:
+    for schedule, stages, virtual in (("interleaved_one_f_one_b", 4, 3), ("zb_v", 4, 2), ("dualpipe", 4, 1)):
+        in_flight = micro_batches_in_flight(schedule, stages, virtual, np.array([24.0]))[:, 0]
+        held = held_at_once(schedule, stages, virtual, 24)
+        chunks = held[0].shape[1] - 1
+        assert [moments[:, :-1].sum(axis=1).max() / chunks for moments in held] == in_flight.tolist()
