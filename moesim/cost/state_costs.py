@@ -36,9 +36,10 @@ class StateCosts:
 
     ``reduction_s`` gradients after the last micro-batch (hides under its backward), ``update_gather_s`` updated
     parameters (hides under the next forward), ``pass_gather_s`` ZeRO-3 parameters per pass and ``pass_scatter_s``
-    ZeRO-2/3 gradients per micro-batch, ``optimizer_s`` the update itself, ``host_s``
-    what the host adds to it once per step. ``reduction_buckets`` that gradients are reduced in one by one, 0 where the
-    stack decides; ``reduction_loss`` what computing loses of its speed meanwhile.
+    ZeRO-2/3 gradients per micro-batch, ``optimizer_s`` the update itself and the
+    zeros that gradients are added to, ``host_s`` what the host adds to it once per step. ``reduction_buckets`` that
+    gradients are reduced in one by one, 0 where the stack decides; ``reduction_loss`` what computing loses of its speed
+    meanwhile.
     """
 
     reduction_s: FloatArray
@@ -99,6 +100,8 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
         mirrored = _mirror_exchange(context, dense, expert, hardware)
         reduction, ideal = reduction + mirrored.modelled_s, ideal + mirrored.ideal_s
     optimizer_s, ideal_optimizer_s = _optimizer(context, dense, expert, hardware, device)
+    emptied_s, ideal_emptied_s = _emptied_sums(context, dense, expert, hardware)
+    optimizer_s, ideal_optimizer_s = optimizer_s + emptied_s, ideal_optimizer_s + ideal_emptied_s
     host_s = host_step_time_s(
         stages.tensors[:, None] + stages.expert_tensors[:, None] / columns["expert"], context.stack.launch
     )
@@ -195,6 +198,24 @@ def _optimizer(
         return seconds, seconds
     num_bytes = local * update_bytes(precision, optimizer)
     return update_time_s(num_bytes, hardware.device), num_bytes / hardware.device.memory_bandwidth
+
+
+def _emptied_sums(
+    context: LoweringContext, dense: FloatArray, expert: FloatArray, hardware: Hardware
+) -> tuple[FloatArray, FloatArray]:
+    """Time in which the sums that weight gradients are added to are set to zero before a step.
+
+    A compiler writes the first micro-batch's gradients instead.
+    """
+    if context.stack.compiler is not None:
+        return dense * 0.0, dense * 0.0
+    columns = context.columns
+    sharded = columns["zero_stage"] >= 2
+    sums = dense / np.where(sharded, columns["data"] * columns["context"], 1.0)
+    sums = sums + expert / np.where(sharded, columns["expert_data"], 1.0)
+    rates = hardware.device
+    ideal_s = sums * PRECISION_BYTES[context.scenario.precision.gradients] / rates.memory_bandwidth
+    return rates.traffic_fixed_s + ideal_s / rates.traffic_fraction, ideal_s
 
 
 def update_time_s(num_bytes: FloatArray, rates: DeviceRates) -> FloatArray:

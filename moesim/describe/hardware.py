@@ -360,7 +360,8 @@ class ElementwiseKernels(Description):
     ``norm`` and ``residual`` over tokens times width, ``activation`` (gated) over rows times inner size, ``permute``
     and ``unpermute`` over routed rows, ``router_cast`` over tokens where the router's scores are wider than
     activations, ``router_choice`` over scores. A kernel that does not reach the streaming rate counts as more passes.
-    ``sort_kernels`` are short kernels in a row that take as long as sorting the choices by expert.
+    ``loss`` over logits in fp32, casts included; null as a fused cross-entropy. ``sort_kernels`` are short
+    kernels in a row that take as long as sorting the choices by expert.
     ``expert_gradient_bytes`` moved for one weight of an expert where its gradient is added to the sum in fp32 by a
     kernel of its own, at the streaming rate; null where the product does it. ``widening_s`` is what the compute
     units take for an element that a kernel widens from 16 to 32 bits, in casts and sums of gradients; it combines with
@@ -374,6 +375,7 @@ class ElementwiseKernels(Description):
     unpermute: KernelPasses
     router_cast: KernelPasses
     router_choice: KernelPasses
+    loss: KernelPasses | None = None
     sort_kernels: NonNegativeCount
     expert_gradient_bytes: Passes | None = None
     widening_s: Annotated[float, Field(ge=0, le=1e-6, allow_inf_nan=False, strict=True)] = 0.0

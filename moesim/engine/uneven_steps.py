@@ -12,13 +12,14 @@ from moesim.describe.perturbations import Perturbations
 from moesim.engine.analytical import System
 from moesim.engine.drawn_loads import DrawnLoads, drawn_drops, drawn_loads, with_even_loads
 from moesim.engine.event_driven import RankDelays, SimulatedRun, joined_runs, run_step
+from moesim.engine.memory_timeline import stage_contents
 from moesim.engine.slow_links import Factors, SlowLinks
 from moesim.engine.step_passes import PreparedStep, prepare_step
 from moesim.engine.uneven_world import device_factors, host_jitter_s, link_factors
+from moesim.structure.activations_in_flight import held_at_once
 from moesim.structure.columns import Columns, FloatArray
-from moesim.structure.loaded_memory import loaded_bytes
+from moesim.structure.loaded_memory import loaded_peaks
 from moesim.structure.lowering import LoweringContext
-from moesim.structure.pipeline_schedules import micro_batches_in_flight
 
 CELLS_AT_ONCE = 32_000_000
 """Numbers drawn for the ranks, layers and passes of the draws that are prepared together: 256 MB."""
@@ -169,31 +170,35 @@ class UnevenSteps:
 
     def _peak_bytes(self, loads: DrawnLoads) -> FloatArray:
         """Memory of the fullest rank in each draw: that of the memory model at mean load, and what loads add."""
-        balance, plan = self.step.evaluation.memory, self.step.evaluation.plan
-        even = balance.stage_bytes(0)
-        context = LoweringContext(self.step.system.scenario, self.step.system.stack, self.step.columns)
-        schedule = self.step.system.scenario.parallelism.pipeline.schedule
-        counts = self.step.columns["num_micro_batches"]
-        in_flight = micro_batches_in_flight(schedule, plan.stages, plan.virtual_stages, counts)[:, 0]
+        step, plan = self.step, self.step.evaluation.plan
+        balance, even = step.evaluation.memory, step.evaluation.memory.stage_bytes(0)
+        context = LoweringContext(step.system.scenario, step.system.stack, step.columns)
+        schedule = step.system.scenario.parallelism.pipeline.schedule
+        micro_batches = round(float(step.columns["num_micro_batches"][0]))
+        if step.is_training:
+            moments = held_at_once(schedule, plan.stages, plan.virtual_stages, micro_batches)
+        else:
+            moments = (np.zeros((1, plan.placed.held.shape[1] + 1)),) * plan.stages
+        contents = stage_contents(step.system, step.columns, step.evaluation)
         most = []
-        for stage in range(plan.stages):
-            layers = list(self._layers_of(stage, loads))
-            losses = float(in_flight[-1]) if schedule == "gpipe" else 1.0
-            added = loaded_bytes(context, self.step.sequence, layers, float(in_flight[stage]), losses).total
-            most.append(even[stage] + added.max(axis=1))
+        for stage, held in enumerate(plan.placed.held.tolist()):
+            kept, loss = contents[stage].kept[held], contents[stage].loss
+            chunks = [list(self._layers_of(stage, chunk, loads)) for chunk in held]
+            found = loaded_peaks(context, step.sequence, chunks, moments[stage], (kept, loss))
+            mean = float((moments[stage] @ np.append(kept, loss)).max())
+            most.append(even[stage] - mean + found.max(axis=1))
         largest = np.stack(np.broadcast_arrays(*most)).max(axis=0)
         return np.asarray(balance.fixed + largest * (1.0 + balance.fragmentation_fraction))
 
-    def _layers_of(self, stage: int, loads: DrawnLoads) -> Iterator[tuple[int, FloatArray]]:
-        """Layers that a stage holds, modules of token prediction last, and rows of its ranks over their mean."""
+    def _layers_of(self, stage: int, chunk: int, loads: DrawnLoads) -> Iterator[tuple[int, FloatArray]]:
+        """Layers of a chunk of a stage, modules of token prediction last, and rows of its ranks over their mean."""
         sequence = self.step.sequence
         modules = sequence.mtp_layers if self.step.is_training else 0
-        for chunk in self.step.evaluation.plan.placed.held[stage].tolist():
-            direction, held = self.step.direction(stage, chunk), self.step.chunks[chunk]
-            numbers = [layer.number for layer in held.layers]
-            numbers += [len(sequence.order) + module for module in range(modules if held.is_last else 0)]
-            for number in numbers:
-                yield number, loads.rows_factor(number, direction)
+        direction, held = self.step.direction(stage, chunk), self.step.chunks[chunk]
+        numbers = [layer.number for layer in held.layers]
+        numbers += [len(sequence.order) + module for module in range(modules if held.is_last else 0)]
+        for number in numbers:
+            yield number, loads.rows_factor(number, direction)
 
 
 def _repeated(values: FloatArray, count: int) -> FloatArray:

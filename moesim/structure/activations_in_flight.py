@@ -41,9 +41,10 @@ def held_at_once(schedule: str, stages: int, virtual_stages: int, micro_batches:
     >>> first.tolist()
     [[3.0, 2.0, 0.0], [4.0, 1.0, 0.0]]
     """
-    if schedule != "gpipe":
-        micro_batches = min(micro_batches, IN_FLIGHT_ROUNDS * stages)
     placement = chunk_placement(schedule, stages, virtual_stages)
+    if schedule == "gpipe":  # every micro-batch's loss waits for its backward pass
+        return tuple(np.array([[1.0, stage == stages - 1]]) * micro_batches for stage in range(stages))
+    micro_batches = min(micro_batches, IN_FLIGHT_ROUNDS * stages)
     found = []
     for stage in range(stages):
         if schedule == "interleaved_one_f_one_b":
@@ -81,7 +82,7 @@ def _interleaved_moments(stage: int, stages: int, virtual_stages: int, micro_bat
 def _undominated(moments: FloatArray) -> FloatArray:
     """Rows, all different, that no other row reaches or exceeds in every column."""
     at_least = np.asarray((moments[:, None, :] >= moments[None, :, :]).all(axis=2))
-    return moments[at_least.sum(axis=0) == 1]  # by itself alone
+    return np.asarray(moments[at_least.sum(axis=0) == 1])  # by itself alone
 
 
 def most_held(

@@ -92,6 +92,45 @@ def loaded_bytes(
     return LoadedBytes(*np.broadcast_arrays(activations, exchanged))
 
 
+def loaded_peaks(
+    context: LoweringContext,
+    sequence: LayerSequence,
+    chunks: Sequence[Sequence[tuple[int, FloatArray]]],
+    moments: FloatArray,
+    at_mean: tuple[FloatArray, float],
+) -> FloatArray:
+    """Most bytes of kept activations and losses that a stage's ranks hold at once, and what loads add to the rest.
+
+    Parameters
+    ----------
+    context : LoweringContext
+        One case.
+    sequence : LayerSequence
+        Layers of the model.
+    chunks : sequence of sequence of tuple of int and ndarray of shape (n_draws, n_ranks)
+        Of each chunk of the stage the layers that ``loaded_bytes`` takes.
+    moments : ndarray of shape (n_moments, n_chunks + 1)
+        Micro-batches of each chunk, and losses, held at once: ``activations_in_flight.held_at_once``.
+    at_mean : tuple of ndarray of shape (n_chunks,) and float
+        Bytes of one micro-batch on each chunk, and of a loss, at mean load.
+
+    Returns
+    -------
+    ndarray of shape (n_draws, n_ranks)
+        Bytes; at mean load those of the largest moment.
+    """
+    rest = loaded_bytes(context, sequence, [layer for layers in chunks for layer in layers], 0.0, 0.0)
+    held: list[FloatArray] = []
+    loss: FloatArray = np.full((1, 1), at_mean[1])
+    for layers, kept in zip(chunks, at_mean[0], strict=True):
+        rebuilt = loaded_bytes(context, sequence, layers, 0.0, 0.0).activations
+        held.append(kept + loaded_bytes(context, sequence, layers, 1.0, 0.0).activations - rebuilt)
+        if any(number >= len(sequence.order) for number, _ in layers):
+            loss = loss + loaded_bytes(context, sequence, layers, 0.0, 1.0).activations - rebuilt
+    parts = np.stack(np.broadcast_arrays(*held, loss))
+    return np.asarray(np.tensordot(moments, parts, axes=1).max(axis=0) + rest.total)
+
+
 def _largest(values: Sequence[FloatArray]) -> FloatArray:
     largest = values[0]
     for value in values[1:]:

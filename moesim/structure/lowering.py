@@ -250,6 +250,13 @@ def traffic(
     ]
 
 
+def widening(operation: Operation, compute_s: FloatArray) -> Operation:
+    """Return a cast to fp32 with what compute units take for it; its gradient narrows, which is for free."""
+    if operation.phase != "forward" or not isinstance(operation.work, MemoryTraffic):
+        return operation
+    return replace(operation, work=replace(operation.work, compute_s=compute_s))
+
+
 def collective(
     context: LoweringContext,
     name: str,

@@ -15,6 +15,7 @@ from moesim.structure.host_operations import (
 from moesim.structure.layers import LayerKind
 from moesim.structure.lowering import (
     LoweringContext,
+    both_passes,
     collective,
     feed_forward,
     linear,
@@ -22,6 +23,7 @@ from moesim.structure.lowering import (
     recomputable,
     tensor_parallel_block,
     traffic,
+    widening,
 )
 from moesim.structure.parameters import attention_output_width, attention_widths
 from moesim.structure.step_graph import AttentionCore, HostWork, Operation, OperationTable, Phase, PrefillShape
@@ -269,15 +271,10 @@ def head_part(context: LoweringContext) -> OperationTable:
         tokens = context.columns["micro_batch"] * 1.0
     local_vocab = np.ceil(context.model.vocab_size / context.columns["tensor"])
     operations = linear(context, "head", "embedding_head_loss", (tokens, local_vocab, float(context.model.hidden_size)))
-    operations += traffic(
-        context,
-        "loss",
-        "embedding_head_loss",
-        tokens * local_vocab,
-        passes=(3, 2),
-        kernels=(4, 2),
-        element_bytes=4.0,
-    )
+    measured, logits = context.stack.elementwise, tokens * local_vocab
+    passes = (3.0, 2.0) if measured is None or measured.loss is None else both_passes(measured.loss)
+    losses = traffic(context, "loss", "embedding_head_loss", logits, passes=passes, kernels=(4, 2), element_bytes=4.0)
+    operations += losses if measured is None else [widening(row, logits * measured.widening_s) for row in losses]
     host = HostWork({"rest": HEAD_OPERATIONS})
     return OperationTable("head", operations, host, host)
 

@@ -26,6 +26,7 @@ from moesim.structure.lowering import (
     recomputable,
     token_columns,
     traffic,
+    widening,
 )
 from moesim.structure.parameters import shared_width
 from moesim.structure.placement import group_columns
@@ -180,15 +181,8 @@ def _router(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedToken
     if measured is not None and PRECISION_BYTES[router.precision] > context.activation_bytes:
         elements = routed.tokens * float(context.model.hidden_size)
         casts = traffic(context, "router.cast", "router", elements, passes=both_passes(measured.router_cast))
-        choice += [_widening(row, elements * measured.widening_s) for row in casts]
+        choice += [widening(row, elements * measured.widening_s) for row in casts]
     return projection + choice + _positions(context, routed, logits * sequential)
-
-
-def _widening(operation: Operation, compute_s: FloatArray) -> Operation:
-    """A cast with what compute units take for it; its gradient narrows, which is for free."""
-    if operation.phase != "forward" or not isinstance(operation.work, MemoryTraffic):
-        return operation
-    return replace(operation, work=replace(operation.work, compute_s=compute_s))
 
 
 def _positions(context: LoweringContext, routed: RoutedTokens, entries: FloatArray) -> list[Operation]:
