@@ -180,6 +180,14 @@ def _attention(case: MeasuredCase, stack: Stack) -> MappedCase:
     return MappedCase(_of_pass(dense_part(context, DENSE_LAYER), case, "attention.core"), attention_library=library)
 
 
+def _decode(case: MeasuredCase, stack: Stack) -> MappedCase:
+    """Attention of one token per sequence over its cache."""
+    chosen = stack.model_copy(update={"attention_kernel": "flash", "compiler": None})
+    sizes = (_size(case, "batch"), _size(case, "length"))
+    context = _context(_attention_fields(case), case.dtype, chosen, *sizes, kind="decode")
+    return MappedCase(_of_pass(dense_part(context, DENSE_LAYER), case, "attention.core"))
+
+
 def _traffic(case: MeasuredCase, num_bytes: float, *, compute_s: float = 0.0) -> MappedCase:
     work = MemoryTraffic(_one(num_bytes), _one(compute_s))
     return MappedCase((Operation(case.operation, "memory_bound", "forward", "compute", work),))
@@ -322,6 +330,7 @@ MAPPERS: dict[str, Callable[[MeasuredCase, Stack], MappedCase]] = {
     "gemm": _gemm,
     "grouped_gemm": _grouped_gemm,
     "eight_bit": _eight_bit,
+    "decode": _decode,
     "attention": _attention,
     "memory_bound": _memory_bound,
     "dispatch": _dispatch,
@@ -395,15 +404,24 @@ def _one_hot_context(case: MeasuredCase, stack: Stack) -> LoweringContext:
     return _context(fields, case.dtype, stack, _size(case, "groups"), group)
 
 
-def _context(fields: dict[str, Any], dtype: str, stack: Stack, sequences: float, length: float) -> LoweringContext:
-    scenario = _scenario(fields, dtype, stack, sequences, length)
+def _context(
+    fields: dict[str, Any], dtype: str, stack: Stack, sequences: float, length: float, *, kind: str = "training"
+) -> LoweringContext:
+    scenario = _scenario(fields, dtype, stack, sequences, length, kind=kind)
     return LoweringContext(scenario, stack, resolve_columns(group_columns_table(scenario, {}, 1)))
 
 
 def _scenario(
-    fields: dict[str, Any], dtype: str, stack: Stack, sequences: float, length: float, *, micro_batches: float = 1.0
+    fields: dict[str, Any],
+    dtype: str,
+    stack: Stack,
+    sequences: float,
+    length: float,
+    *,
+    micro_batches: float = 1.0,
+    kind: str = "training",
 ) -> Scenario:
-    """Training on one device: weights and activations in ``dtype``, gradients added up in fp32."""
+    """A step on one device: weights and activations in ``dtype``, gradients added up in fp32."""
     number_format = {"compute": dtype, "parameters": dtype, "activations": dtype, "dispatch": dtype}
     document = {
         "schema_version": 1,
@@ -415,6 +433,7 @@ def _scenario(
             **fields,
         },
         "workload": {
+            "kind": kind,
             "sequence_length": int(length),
             "sequences_per_micro_batch": int(sequences),
             "sequences_per_step": int(sequences * micro_batches),

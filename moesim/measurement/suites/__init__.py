@@ -8,6 +8,7 @@ from types import MappingProxyType
 from moesim.measurement.cases import Case, Target
 from moesim.measurement.suites import (
     attentions,
+    decodes,
     dispatches,
     eight_bit,
     gemms,
@@ -31,6 +32,7 @@ SUITES: Mapping[str, Callable[[Target], list[Case]]] = MappingProxyType(
         "optimizer": optimizer_steps.cases,
         "launch": launches.cases,
         "eight_bit": eight_bit.cases,
+        "decode": decodes.cases,
         "moe_layer": moe_layers.cases,
         "transformer_block": transformer_blocks.cases,
     }

@@ -10,6 +10,7 @@ from moesim.measurement.cases import Target, UnmeasurableError, Work
 from moesim.measurement.routed_loads import RoutedLoads, layer_loads
 from moesim.measurement.suites import SUITES
 from moesim.measurement.suites.attentions import AttentionShape, attention_function, prepare_attention
+from moesim.measurement.suites.decodes import METHODS, prepare_decode
 from moesim.measurement.suites.dispatches import OneHotShape, one_hot_masks, to_slots, to_tokens
 from moesim.measurement.suites.eight_bit import SCALINGS, prepare_cast, prepare_product, scales
 from moesim.measurement.suites.gemms import prepare_gemm, weight_gradient
@@ -69,6 +70,20 @@ def test_products_are_those_of_the_three_passes(bench: Workbench, dtype: str, mo
     work.call()
     assert total.dtype == torch.float32
     assert_near(total - before, 2 * grads.double().T @ inputs.double(), dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_token_attends_to_all_that_is_cached(
+    bench: Workbench, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recorded(monkeypatch)
+    shape = AttentionShape(2, 24, 6, 2, 16)
+    out = prepare_decode(bench, shape=shape, method=method, dtype="fp32").call().reshape(2, 6, 16)
+    queries, keys, values = (tensor.double() for tensor in made)
+    for head in range(6):
+        scores = (queries[:, head // 3, head % 3, None] * keys[:, head // 3]).sum(-1) / 16**0.5
+        expected = (scores.softmax(-1)[..., None] * values[:, head // 3]).sum(1)
+        assert_near(out[:, head], expected)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS[:2])
