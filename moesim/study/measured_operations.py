@@ -181,7 +181,10 @@ def _attention(case: MeasuredCase, stack: Stack) -> MappedCase:
 
 
 def _decode(case: MeasuredCase, stack: Stack) -> MappedCase:
-    """Attention of one token per sequence over its cache."""
+    """Attention of one token per sequence over its cache, by the stack's library: a kernel that streams the cache."""
+    method = case.text("method")
+    if method != (stack.attention_library or method):
+        return MappedCase(reason=f"decoding is priced as {stack.attention_library} does it, not {method}")
     chosen = stack.model_copy(update={"attention_kernel": "flash", "compiler": None})
     sizes = (_size(case, "batch"), _size(case, "length"))
     context = _context(_attention_fields(case), case.dtype, chosen, *sizes, kind="decode")

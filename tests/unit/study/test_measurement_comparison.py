@@ -183,3 +183,11 @@ def test_several_ranks_are_left_out_with_a_reason(compared):
     spread = result("train_step", "train_step", "step", {**STEP, "ranks": 4})
     layer = result("moe_layer", "expert_parallel_layer", "forward", {**LAYER, "ranks": 4})
     assert len(compared(gemm, spread, layer).unmapped) == 2
+
+
+def test_decoding_with_the_library_of_the_stack_is_predicted_without_a_fit() -> None:
+    judged_by = judge("h200_sxm", "pytorch_grouped_mm_nccl", HardwareLibrary())
+    comparison = compare_measurements(read_measurements(MEASURED.with_name("decode_torch2.11.jsonl")), judged_by)
+    assert len(comparison.compared) == 11
+    assert comparison.by_suite()["decode"].median < 0.05
+    assert {reason.split(", not ")[1] for _, reason in comparison.unmapped} == {"flash", "packed"}
