@@ -45,7 +45,7 @@ ATTENTION_FORMULA = (
     "t0 kernels + (compute^p + memory^p)^(1/p); compute = 2 pairs heads width visible / (peak fraction), "
     "memory = bytes / (bandwidth fraction)"
 )
-TRAFFIC_FORMULA = "t0 kernels + bytes / (bandwidth fraction)"
+TRAFFIC_FORMULA = "t0 kernels + bytes / (bandwidth fraction) + serial steps"
 COLLECTIVE_FORMULAS = {
     "all_to_all": "L + t + c sqrt(L t), faster protocol; L = base and peer latencies of the levels crossed, "
     "t = max over levels of bytes across it / (fraction bandwidth)",
@@ -217,7 +217,9 @@ def _traffic(work: MemoryTraffic, hardware: Hardware, kernels: int) -> Explanati
     rates = hardware.device
     num_bytes = float(np.ravel(work.num_bytes)[0])
     wire = f"{num_bytes:.12g} / ({rates.memory_bandwidth:.12g} * {rates.traffic_fraction:.12g})"
-    return Explanation(TRAFFIC_FORMULA, f"{kernels} * {rates.traffic_fixed_s:.12g} + {wire}")
+    serial_s = float(np.ravel(work.serial_s)[0])
+    serial = f" + {serial_s:.12g}" if serial_s else ""
+    return Explanation(TRAFFIC_FORMULA, f"{kernels} * {rates.traffic_fixed_s:.12g} + {wire}{serial}")
 
 
 def _collective(work: Collective, hardware: Hardware) -> Explanation:

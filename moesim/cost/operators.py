@@ -128,7 +128,8 @@ def attention_cost(work: AttentionCore, rates: DeviceRates, kernels: int) -> tup
 
 
 def traffic_cost(work: MemoryTraffic, rates: DeviceRates, kernels: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Time, ideal time and (zero) FLOPs of element-wise work: t0 per kernel + bytes / (B fraction)."""
+    """Time, ideal time and (zero) FLOPs of element-wise work: t0 per kernel + bytes / (B fraction) + serial."""
     ideal_s = work.num_bytes / rates.memory_bandwidth
-    time_s = (kernels * rates.traffic_fixed_s + ideal_s / rates.traffic_fraction) * (work.num_bytes > 0)
+    busy_s = kernels * rates.traffic_fixed_s + ideal_s / rates.traffic_fraction
+    time_s = (busy_s + work.serial_s) * (work.num_bytes > 0)
     return time_s, ideal_s, work.num_bytes * 0.0

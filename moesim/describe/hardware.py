@@ -361,6 +361,8 @@ class ElementwiseKernels(Description):
     ``sort_kernels`` are short kernels in a row that take as long as sorting the choices by expert.
     ``expert_gradient_bytes`` moved for one weight of an expert where its gradient is added to the sum in fp32 by a
     kernel of its own, at the streaming rate; null where the product does it.
+    ``scan_row_s`` is what one row of the cumulative sum over a routing group's choices takes, by which one-hot masks
+    find their slots: a thread adds up its column row after row, so bandwidth does not help; null where it is unknown.
     """
 
     norm: KernelPasses
@@ -372,6 +374,7 @@ class ElementwiseKernels(Description):
     router_choice: KernelPasses
     sort_kernels: NonNegativeCount
     expert_gradient_bytes: Passes | None = None
+    scan_row_s: Annotated[float, Field(ge=0, le=1e-5, allow_inf_nan=False, strict=True)] | None = None
     source: Annotated[str, Field(min_length=3)]
 
 

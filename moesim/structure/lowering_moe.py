@@ -37,6 +37,8 @@ INDEX_BYTES, SORT_PASSES = 8.0, 6.0
 """An index of a choice, and how often sorting reads or writes it."""
 MEASURED_CHOICE_KERNELS = 12
 """Short kernels in a row that take as long as softmax, top-k and gathers of a few scores do in plain PyTorch."""
+ONE_HOT_PASSES, SLOT_PASSES, ONE_HOT_KERNELS = 13.0, 4.0, 16
+"""Over 64-bit one-hot rows of experts, and of slots: zeros, copy, scan, less one, times, sum, cast. And the kernels."""
 SMALLEST_GROUP = 1e-9
 """Keeps an encoder that does not run (decoding) from dividing 0 by 0."""
 
@@ -205,14 +207,7 @@ def _einsum_dispatch(context: LoweringContext, moe: MixtureOfExperts, routed: Ro
     combine = linear(
         context, "combine.einsum", "dispatch_combine", (routed.group_tokens, hidden, cells), groups=routed.groups
     )
-    masks = traffic(
-        context,
-        "dispatch.masks",
-        "dispatch_combine",
-        routed.tokens * cells,
-        passes=(4, 2),
-        kernels=(4, 2),
-    )
+    masks = _masks(context, moe, routed)
     shape = (cells, hidden, routed.group_tokens)
     second = gemm(context, "activation_gradient", shape, groups=routed.groups)
     combine = [
@@ -220,6 +215,30 @@ def _einsum_dispatch(context: LoweringContext, moe: MixtureOfExperts, routed: Ro
         for row in combine
     ]
     return [row for row in dispatch if row.phase != "weight_gradient"] + combine + masks
+
+
+def _masks(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens) -> list[Operation]:
+    """Masks of dispatch and combine: four passes, or the kernels of plain PyTorch where a stack's scan was measured.
+
+    Those count the choices in one-hot rows of 64-bit integers, k per token, and add them up in a scan of k S rows. The
+    masks GSEC are products of GSKE and GSKC, batched over tokens; with one choice torch.einsum multiplies them.
+    """
+    entries = routed.tokens * moe.num_experts * routed.slots
+    masks = traffic(context, "dispatch.masks", "dispatch_combine", entries, passes=(4, 2), kernels=(4, 2))
+    measured = context.stack.elementwise
+    if measured is None or measured.scan_row_s is None:
+        return masks
+    choices = float(moe.router.experts_per_token)
+    one_hot = routed.tokens * choices * (ONE_HOT_PASSES * moe.num_experts + SLOT_PASSES * routed.slots)
+    scan_s = routed.group_tokens * choices * measured.scan_row_s
+    forward = replace(masks[0], work=MemoryTraffic(one_hot * INDEX_BYTES, scan_s), kernels=ONE_HOT_KERNELS)
+    work: Gemm | MemoryTraffic = MemoryTraffic(entries * context.activation_bytes)
+    if choices > 1:
+        work = gemm(context, "forward", (float(moe.num_experts), routed.slots, choices), groups=routed.tokens)
+    products = [
+        replace(masks[0], name=f"dispatch.masks.{mask}", work=work, kernels=1) for mask in ("dispatch", "combine")
+    ]
+    return [forward, *products, *masks[1:]]
 
 
 def _permute_dispatch(context: LoweringContext, routed: RoutedTokens, factor: FloatArray) -> list[Operation]:

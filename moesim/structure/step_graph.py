@@ -121,9 +121,13 @@ class AttentionCore:
 
 @dataclass(frozen=True)
 class MemoryTraffic:
-    """An element-wise or data-moving kernel: bytes read and written, array (n_cases,)."""
+    """An element-wise or data-moving kernel: bytes read and written, array (n_cases,).
+
+    ``serial_s`` is what steps take that wait for each other and so keep neither memory nor compute units busy.
+    """
 
     num_bytes: FloatArray
+    serial_s: FloatArray | float = 0.0
 
 
 @dataclass(frozen=True)

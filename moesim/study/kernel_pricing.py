@@ -68,7 +68,7 @@ def _joined_work(works: Sequence[Work]) -> Work:
                 first, rows=rows, columns=columns, inner=_together(works, "inner"), groups=_together(works, "groups")
             )
         case MemoryTraffic():
-            return replace(first, num_bytes=_together(works, "num_bytes"))
+            return replace(first, num_bytes=_together(works, "num_bytes"), serial_s=_together(works, "serial_s"))
         case AttentionCore():
             pairs, heads = _together(works, "pairs"), _together(works, "heads")
             joined = replace(first, pairs=pairs, heads=heads, io_elements=_together(works, "io_elements"))

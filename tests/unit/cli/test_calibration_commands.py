@@ -34,6 +34,7 @@ def test_the_stack_has_the_passes_that_ship_as_fitted_on_the_same_half(calibrate
             assert getattr(getattr(mine, name), of) == pytest.approx(getattr(getattr(shipped, name), of), rel=0.02)
     assert mine.sort_kernels == pytest.approx(shipped.sort_kernels, abs=2)
     assert mine.expert_gradient_bytes == pytest.approx(shipped.expert_gradient_bytes, rel=0.01)
+    assert mine.scan_row_s == pytest.approx(shipped.scan_row_s, rel=0.01)
     assert library.stack("my_layers").collectives == library.stack("pytorch_grouped_mm_nccl").collectives
 
 
