@@ -45,8 +45,10 @@ ATTENTION_FORMULA = (
     "t0 kernels + (compute^p + memory^p)^(1/p); compute = 2 pairs heads width visible / (peak fraction), "
     "memory = bytes / (bandwidth fraction)"
 )
-TRAFFIC_FORMULA = "t0 kernels + bytes / (bandwidth fraction)"
-CONVERSION_FORMULA = f"t0 kernels + ||conversion, bytes / (bandwidth fraction)||_p, p = {OVERLAP_EXPONENT}"
+TRAFFIC_FORMULA = "t0 kernels + bytes / (bandwidth fraction) + serial steps"
+CONVERSION_FORMULA = (
+    f"t0 kernels + ||conversion, bytes / (bandwidth fraction)||_p + serial steps, p = {OVERLAP_EXPONENT}"
+)
 COLLECTIVE_FORMULAS = {
     "all_to_all": "L + t + c sqrt(L t), faster protocol; L = base and peer latencies of the levels crossed, "
     "t = max over levels of bytes across it / (fraction bandwidth)",
@@ -222,11 +224,12 @@ def _traffic(work: MemoryTraffic, hardware: Hardware, kernels: int) -> Explanati
     rates = hardware.device
     num_bytes = float(np.ravel(work.num_bytes)[0])
     wire = f"{num_bytes:.12g} / ({rates.memory_bandwidth:.12g} * {rates.traffic_fraction:.12g})"
-    fixed = f"{kernels} * {rates.traffic_fixed_s:.12g}"
+    fixed, serial_s = f"{kernels} * {rates.traffic_fixed_s:.12g}", float(np.ravel(work.serial_s)[0])
+    serial = f" + {serial_s:.12g}" if serial_s else ""
     if np.any(work.compute_s):
         compute = f"{float(np.ravel(work.compute_s)[0]):.12g}"
-        return Explanation(CONVERSION_FORMULA, _norm(fixed, compute, wire))
-    return Explanation(TRAFFIC_FORMULA, f"{fixed} + {wire}")
+        return Explanation(CONVERSION_FORMULA, _norm(fixed, compute, wire) + serial)
+    return Explanation(TRAFFIC_FORMULA, f"{fixed} + {wire}{serial}")
 
 
 def _collective(work: Collective, hardware: Hardware) -> Explanation:

@@ -130,10 +130,13 @@ def attention_cost(work: AttentionCore, rates: DeviceRates, kernels: int) -> tup
 
 
 def traffic_cost(work: MemoryTraffic, rates: DeviceRates, kernels: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Time, ideal time and (zero) FLOPs of element-wise work: t0 per kernel + ||bytes / (B fraction), compute||_p."""
+    """Time, ideal time and (zero) FLOPs of element-wise work.
+
+    t0 per kernel + ||bytes / (B fraction), compute||_p + serial.
+    """
     ideal_s = work.num_bytes / rates.memory_bandwidth
     moved_s = ideal_s / rates.traffic_fraction
     if np.any(work.compute_s):
         moved_s = combined_time_s(np.broadcast_to(work.compute_s, moved_s.shape), moved_s)
-    time_s = (kernels * rates.traffic_fixed_s + moved_s) * (work.num_bytes > 0)
+    time_s = (kernels * rates.traffic_fixed_s + moved_s + work.serial_s) * (work.num_bytes > 0)
     return time_s, ideal_s, work.num_bytes * 0.0

@@ -366,6 +366,10 @@ class ElementwiseKernels(Description):
     kernel of its own, at the streaming rate; null where the product does it. ``widening_s`` is what the compute
     units take for an element that a kernel widens from 16 to 32 bits, in casts and sums of gradients; it combines with
     the traffic as in a GEMM.
+    ``scan_row_s`` is what one row of the cumulative sum over a routing group's choices takes, by which one-hot masks
+    find their slots: a thread adds up its column row after row, so bandwidth does not help; null where it is unknown.
+    ``reorder_s`` and ``transpose_s`` are what compute units take for an element that an einsum copies to another order,
+    or transposes, before it multiplies; null where it copies none.
     """
 
     norm: KernelPasses
@@ -379,6 +383,9 @@ class ElementwiseKernels(Description):
     sort_kernels: NonNegativeCount
     expert_gradient_bytes: Passes | None = None
     widening_s: Annotated[float, Field(ge=0, le=1e-6, allow_inf_nan=False, strict=True)] = 0.0
+    scan_row_s: Annotated[float, Field(ge=0, le=1e-5, allow_inf_nan=False, strict=True)] | None = None
+    reorder_s: Annotated[float, Field(ge=0, le=1e-6, allow_inf_nan=False, strict=True)] | None = None
+    transpose_s: Annotated[float, Field(ge=0, le=1e-6, allow_inf_nan=False, strict=True)] | None = None
     source: Annotated[str, Field(min_length=3)]
 
 

@@ -30,7 +30,7 @@ from moesim.structure.lowering import (
 )
 from moesim.structure.parameters import shared_width
 from moesim.structure.placement import group_columns
-from moesim.structure.step_graph import Gemm, MemoryTraffic, Operation, OperationTable, RoutedCopies
+from moesim.structure.step_graph import Gemm, MemoryTraffic, Operation, OperationTable, Phase, RoutedCopies
 from moesim.structure.token_routing import EVEN_PRESETS
 
 LoadFactor = Callable[[FloatArray], FloatArray]
@@ -41,6 +41,8 @@ MEASURED_CHOICE_KERNELS = 12
 """Short kernels in a row that take as long as softmax, top-k and gathers of a few scores do in plain PyTorch."""
 RANDOM_DISPERSION = 1.0
 """Variance over mean of an expert's rows where many tokens choose among many experts: a binomial's, 1 - 1/E."""
+ONE_HOT_PASSES, SLOT_PASSES, ONE_HOT_KERNELS = 13.0, 4.0, 16
+"""Over 64-bit one-hot rows of experts, and of slots: zeros, copy, scan, less one, times, sum, cast. And the kernels."""
 SMALLEST_GROUP = 1e-9
 """Keeps an encoder that does not run (decoding) from dividing 0 by 0."""
 
@@ -210,21 +212,67 @@ def _einsum_dispatch(context: LoweringContext, moe: MixtureOfExperts, routed: Ro
     combine = linear(
         context, "combine.einsum", "dispatch_combine", (routed.group_tokens, hidden, cells), groups=routed.groups
     )
-    masks = traffic(
-        context,
-        "dispatch.masks",
-        "dispatch_combine",
-        routed.tokens * cells,
-        passes=(4, 2),
-        kernels=(4, 2),
-    )
+    masks = _masks(context, moe, routed)
     shape = (cells, hidden, routed.group_tokens)
     second = gemm(context, "activation_gradient", shape, groups=routed.groups)
     combine = [
         replace(row, phase="activation_gradient", work=second) if row.phase == "weight_gradient" else row
         for row in combine
     ]
-    return [row for row in dispatch if row.phase != "weight_gradient"] + combine + masks
+    rows = [row for row in dispatch if row.phase != "weight_gradient"] + combine + masks
+    return rows + _einsum_copies(context, routed, cells)
+
+
+def _einsum_copies(context: LoweringContext, routed: RoutedTokens, cells: FloatArray) -> list[Operation]:
+    """Copies that torch.einsum makes where a stack's were measured.
+
+    Back to tokens (combine, and the gradient of dispatch) it reorders masks and slots; for the masks' gradient it
+    transposes the slots of several groups.
+    """
+    measured = context.stack.elementwise
+    if measured is None or measured.reorder_s is None:
+        return []
+    masks = routed.tokens * cells
+    slots = routed.groups * cells * float(context.model.hidden_size)
+    transposed = slots * (routed.groups > 1)
+    rows: list[tuple[str, Phase, FloatArray, float]] = [("combine", "forward", masks + slots, measured.reorder_s)]
+    if context.is_training:
+        rows.append(("dispatch", "activation_gradient", masks + slots, measured.reorder_s))
+        rows.append(("combine", "activation_gradient", transposed, measured.transpose_s or measured.reorder_s))
+    return [
+        Operation(
+            f"{name}.einsum.copies",
+            "dispatch_combine",
+            phase,
+            "compute",
+            MemoryTraffic(elements * (2.0 * context.activation_bytes), elements * each_s),
+        )
+        for name, phase, elements, each_s in rows
+    ]
+
+
+def _masks(context: LoweringContext, moe: MixtureOfExperts, routed: RoutedTokens) -> list[Operation]:
+    """Masks of dispatch and combine: four passes, or the kernels of plain PyTorch where a stack's scan was measured.
+
+    Those count the choices in one-hot rows of 64-bit integers, k per token, and add them up in a scan of k S rows. The
+    masks GSEC are products of GSKE and GSKC, batched over tokens; with one choice torch.einsum multiplies them.
+    """
+    entries = routed.tokens * moe.num_experts * routed.slots
+    masks = traffic(context, "dispatch.masks", "dispatch_combine", entries, passes=(4, 2), kernels=(4, 2))
+    measured = context.stack.elementwise
+    if measured is None or measured.scan_row_s is None:
+        return masks
+    choices = float(moe.router.experts_per_token)
+    one_hot = routed.tokens * choices * (ONE_HOT_PASSES * moe.num_experts + SLOT_PASSES * routed.slots)
+    scan_s = routed.group_tokens * choices * measured.scan_row_s
+    forward = replace(masks[0], work=MemoryTraffic(one_hot * INDEX_BYTES, serial_s=scan_s), kernels=ONE_HOT_KERNELS)
+    work: Gemm | MemoryTraffic = MemoryTraffic(entries * context.activation_bytes)
+    if choices > 1:
+        work = gemm(context, "forward", (float(moe.num_experts), routed.slots, choices), groups=routed.tokens)
+    products = [
+        replace(masks[0], name=f"dispatch.masks.{mask}", work=work, kernels=1) for mask in ("dispatch", "combine")
+    ]
+    return [forward, *products, *masks[1:]]
 
 
 def _permute_dispatch(context: LoweringContext, routed: RoutedTokens, factor: FloatArray) -> list[Operation]:

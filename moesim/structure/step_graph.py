@@ -128,10 +128,12 @@ class MemoryTraffic:
     """An element-wise or data-moving kernel: bytes read and written, array (n_cases,).
 
     ``compute_s`` is what the compute units take where they, too, are busy: for converting between widths.
+    ``serial_s`` is what steps take that wait for each other and so keep neither memory nor compute units busy.
     """
 
     num_bytes: FloatArray
     compute_s: FloatArray | float = 0.0
+    serial_s: FloatArray | float = 0.0
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,25 @@ def sort_kernels(cases: Sequence[MeasuredCase], judge: Judge) -> int | None:
     return max(round(float(np.median(found))), 0) if found else None
 
 
+def scan_row_s(cases: Sequence[MeasuredCase], judge: Judge) -> float | None:
+    """Seconds per row of the scan that one-hot masks find their slots by; None where no case shows it.
+
+    What a case takes beyond its other kernels, over its rows. Kernels that are priced too low make it larger, never
+    smaller: the least of the cases.
+    """
+    known = judge.stack.elementwise
+    if known is None:
+        return None
+    without = judge.stack.model_copy(update={"elementwise": known.model_copy(update={"scan_row_s": 0.0})})
+    masks = [case for case in cases if case.operation == "one_hot_masks"]
+    times = operation_times_s([map_case(case, without) for case in masks], judge)
+    found = [
+        (case.median_s - float(time_s.sum())) / (case.size("group_tokens") * case.size("experts_per_token"))
+        for case, time_s in zip(masks, times, strict=True)
+    ]
+    return max(min(found), 0.0) if found else None
+
+
 def measured_elementwise(cases: Sequence[MeasuredCase], judge: Judge, *, source: str) -> ElementwiseKernels | None:
     """Element-wise kernels of a stack as cases show them, the others as the stack has them.
 
@@ -261,6 +280,9 @@ def measured_elementwise(cases: Sequence[MeasuredCase], judge: Judge, *, source:
         fields["expert_gradient_bytes"] = SUM_BYTES
     elif any(case.suite == "grouped_gemm" and case.pass_name == "wgrad" for case in cases):
         fields["expert_gradient_bytes"] = None  # the product adds
+    scan = scan_row_s(cases, judge)
+    if scan is not None:
+        fields["scan_row_s"] = float(f"{scan:.3g}")
     fields["source"] = source
     try:
         return ElementwiseKernels.model_validate(fields)

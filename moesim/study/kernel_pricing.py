@@ -73,7 +73,12 @@ def _joined_work(works: Sequence[Work]) -> Work:
                 row_dispersion=_together(works, "row_dispersion"),
             )
         case MemoryTraffic():
-            return replace(first, num_bytes=_together(works, "num_bytes"), compute_s=_together(works, "compute_s"))
+            return replace(
+                first,
+                num_bytes=_together(works, "num_bytes"),
+                compute_s=_together(works, "compute_s"),
+                serial_s=_together(works, "serial_s"),
+            )
         case AttentionCore():
             pairs, heads = _together(works, "pairs"), _together(works, "heads")
             joined = replace(first, pairs=pairs, heads=heads, io_elements=_together(works, "io_elements"))

@@ -35,6 +35,7 @@ def test_the_stack_has_the_passes_that_ship_as_fitted_on_the_same_half(calibrate
     assert mine.sort_kernels == pytest.approx(shipped.sort_kernels, abs=2)
     assert mine.expert_gradient_bytes == shipped.expert_gradient_bytes
     assert mine.widening_s == pytest.approx(shipped.widening_s, rel=0.01)
+    assert mine.scan_row_s == pytest.approx(shipped.scan_row_s, rel=0.01)
     assert library.stack("my_layers").collectives == library.stack("pytorch_grouped_mm_nccl").collectives
 
 

@@ -163,6 +163,15 @@ def test_traffic_time_is_fixed_time_per_kernel_and_bytes_over_bandwidth(rates, k
     assert traffic_cost(more, rates, kernels)[0][0] >= time_s[0]
 
 
+@pytest.mark.parametrize("rates", DEVICES)
+def test_steps_that_wait_for_each_other_add_to_the_time_and_not_to_the_ideal(rates):
+    work = MemoryTraffic(np.array([1e6, 0.0]))
+    slower = dataclasses.replace(work, serial_s=np.array([3e-4, 3e-4]))
+    (time_s, ideal_s, _), (plain_s, plain_ideal_s, _) = (traffic_cost(one, rates, 2) for one in (slower, work))
+    assert time_s - plain_s == pytest.approx([3e-4, 0.0], rel=1e-9)  # no bytes, no kernel
+    assert list(ideal_s) == list(plain_ideal_s)
+
+
 def test_the_fullest_rank_takes_longer_and_the_mean_keeps_its_flops():
     scenario = loaded(random_document(0))
     hardware: Hardware = scenario.system.hardware

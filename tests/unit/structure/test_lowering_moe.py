@@ -139,6 +139,50 @@ def test_backward_is_twice_forward_but_for_the_dispatch_einsum(shipped: Shipped)
     )
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_measured_masks_scan_each_choice_of_a_group_and_multiply_one_hot_rows(shipped: Shipped, k: int) -> None:
+    """Scan k S rows in turn, once; masks of several choices are products GSKE x GSKC, of one a broadcast."""
+    loaded = shipped(M6T, *router_variant("top_k", k, "token"), "stack=pytorch_grouped_mm_nccl")
+    stack = loaded.system.stack.model_copy(update={"dispatch": "one_hot_einsum"})
+    context = LoweringContext(loaded.scenario, stack, loaded.columns)
+    rows = moe_part(context, moe_layer(loaded), loaded.system.load_factor).operations
+    masks = [row for row in rows if row.name.startswith("dispatch.masks") and row.phase == "forward"]
+    serial = [np.ravel(row.work.serial_s)[0] for row in masks if isinstance(row.work, MemoryTraffic)]
+    assert stack.elementwise is not None
+    assert stack.elementwise.scan_row_s is not None
+    assert sum(serial) == pytest.approx(k * 1024 * stack.elementwise.scan_row_s, rel=1e-12)
+    products = [row.work for row in masks if isinstance(row.work, Gemm)]
+    assert [(one.rows[0], one.columns[0], one.inner[0], one.groups[0]) for one in products] == [
+        (960, 2, k, 1024) for _ in range(2 if k > 1 else 0)
+    ]
+    assert len(masks) == 3
+
+
+def test_measured_einsums_reorder_masks_and_slots_on_the_way_back_and_transpose_slots_of_groups(
+    shipped: Shipped,
+) -> None:
+    loaded = shipped(M6T, *router_variant("top_k", 2, "token"), "stack=pytorch_grouped_mm_nccl")
+    stack = loaded.system.stack.model_copy(update={"dispatch": "one_hot_einsum"})
+    context = LoweringContext(loaded.scenario, stack, loaded.columns)
+    rows = moe_part(context, moe_layer(loaded), loaded.system.load_factor).operations
+    copies = {(row.name, row.phase): row.work for row in rows if row.name.endswith(".copies")}
+    assert set(copies) == {
+        ("combine.einsum.copies", "forward"),
+        ("dispatch.einsum.copies", "activation_gradient"),
+        ("combine.einsum.copies", "activation_gradient"),
+    }
+    assert stack.elementwise is not None
+    cells, tokens, hidden = 960 * 2, 1024, 1024
+    for key in list(copies)[:2]:
+        work = copies[key]
+        assert isinstance(work, MemoryTraffic)
+        assert work.num_bytes[0] == 2 * 2 * cells * (tokens + hidden)
+        assert np.ravel(work.compute_s)[0] == pytest.approx(cells * (tokens + hidden) * stack.elementwise.reorder_s)
+    alone = copies["combine.einsum.copies", "activation_gradient"]
+    assert isinstance(alone, MemoryTraffic)
+    assert alone.num_bytes[0] == 0  # one routing group: nothing to transpose
+
+
 def test_one_hot_dispatch_of_switch_base_is_group_over_d_ff_times_its_experts(shipped: Shipped) -> None:
     """8192 tokens per group over d_ff 3072: 2.67 times the expert FLOPs."""
     encoder = LayerKind("encoder", True, False)
