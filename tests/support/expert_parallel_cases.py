@@ -234,7 +234,7 @@ def run_failing(port: str, launcher: dict[str, str], folder: Path) -> dict:
     ]
     measured(mixed, 60.0, written)
     found["skips"] = written if ranks.is_first else []
-    alien = folder / "alien.txt"
+    alien = folder / f"alien_{ranks.rank}.txt"  # of each rank: one must not empty it while another reads
     alien.write_text("not a record\n")
     try:
         _begun(ranks, lambda: (str(RecordFile(alien).recover()), []), [])
