@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,10 @@ class AttentionShape:
     heads: int
     kv_heads: int
     head_size: int
+
+    def names(self) -> dict[str, int]:
+        """Sizes as a case names them."""
+        return asdict(self)
 
 
 SHAPES = (
@@ -68,14 +72,7 @@ def cases(target: Target) -> list[Case]:
 def _case(shape: AttentionShape, method: str, dtype: str, kind: PassName) -> Case:
     products = FORWARD_PRODUCTS if kind == "forward" else BACKWARD_PRODUCTS
     io_bytes = attention_bytes(shape, dtype)
-    named: Shape = {
-        "batch": shape.batch,
-        "length": shape.length,
-        "heads": shape.heads,
-        "kv_heads": shape.kv_heads,
-        "head_size": shape.head_size,
-        "method": method,
-    }
+    named: Shape = {**shape.names(), "method": method}
     return Case(
         suite="attention",
         operation="causal_attention",

@@ -44,14 +44,7 @@ def _case(shape: AttentionShape, method: str, dtype: str) -> Case:
     queries = 2 * shape.heads * shape.head_size * shape.batch
     cached = attention_bytes(AttentionShape(shape.batch, shape.length, 0, shape.kv_heads, shape.head_size), dtype)
     moved = cached + float(queries * ELEMENT_BYTES[dtype])
-    named: Shape = {
-        "batch": shape.batch,
-        "length": shape.length,
-        "heads": shape.heads,
-        "kv_heads": shape.kv_heads,
-        "head_size": shape.head_size,
-        "method": method,
-    }
+    named: Shape = {**shape.names(), "method": method}
     flops = 4.0 * shape.batch * shape.heads * shape.length * shape.head_size
     prepare = partial(prepare_decode, shape=shape, method=method, dtype=dtype)
     return Case("decode", "decode_attention", "forward", dtype, named, flops, moved, moved, prepare)

@@ -84,17 +84,7 @@ def _grouped_product(shape: ExpertShape, tokens: int, preset: str, side: str, se
     n, k = (2 * shape.inner, shape.hidden) if side == "up" else (shape.hidden, shape.inner)
     rows, local = routed.rows, len(routed.loads)
     activations = float(rows * (k + ELEMENT_BYTES[WIDE] * n))
-    named: Shape = {
-        "preset": preset,
-        "step": routed.step,
-        "tokens": tokens,
-        "experts": shape.num_experts,
-        "ranks": shape.num_ranks,
-        "experts_per_token": shape.experts_per_token,
-        "n": n,
-        "k": k,
-        "scaling": "row",
-    }
+    named: Shape = {**shape.names(preset, routed.step, tokens), "n": n, "k": k, "scaling": "row"}
     return Case(
         suite="eight_bit",
         operation="scaled_grouped_gemm",

@@ -30,6 +30,17 @@ class ExpertShape:
     hidden: int
     inner: int
 
+    def names(self, preset: str, step: int, tokens: int) -> dict[str, int | str]:
+        """Experts and their routing as a case names them."""
+        return {
+            "preset": preset,
+            "step": step,
+            "tokens": tokens,
+            "experts": self.num_experts,
+            "ranks": self.num_ranks,
+            "experts_per_token": self.experts_per_token,
+        }
+
 
 # Mixtral 8x7B, DeepSeek-V3 on 8 ranks, Qwen3-30B-A3B whole and on 8, M6-T's wide and few experts.
 SHAPES = (
@@ -69,17 +80,7 @@ def _case(
     size, rows, local = ELEMENT_BYTES[dtype], routed.rows, len(routed.loads)
     weight_bytes = n * k * (2 * MASTER_BYTES if kind == "wgrad" else size)
     held = size * (rows * (n + k) + local * n * k) + (local * n * k * (MASTER_BYTES + size) if kind == "wgrad" else 0)
-    named: Shape = {
-        "preset": preset,
-        "step": routed.step,
-        "tokens": tokens,
-        "experts": shape.num_experts,
-        "ranks": shape.num_ranks,
-        "experts_per_token": shape.experts_per_token,
-        "n": n,
-        "k": k,
-        "method": method,
-    }
+    named: Shape = {**shape.names(preset, routed.step, tokens), "n": n, "k": k, "method": method}
     return Case(
         suite="grouped_gemm",
         operation="grouped_gemm",
