@@ -36,7 +36,6 @@ from moesim.structure.memory_footprint import (
 from moesim.structure.model_flops import model_flops_per_step
 from moesim.structure.pipeline_schedules import CLASSIC_SCHEDULES
 from moesim.structure.placement import group_columns
-from moesim.structure.rank_programs import chunk_layers
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def _chunk_times(
     )
     pipeline = HostPipeline(
         launch,
-        chunk_layers(sequence, plan),
+        sequence,
         plan,
         system.scenario.parallelism.pipeline.schedule,
         is_training=system.scenario.workload.kind == "training",
@@ -310,7 +309,7 @@ def _stage_times(
         zero_hidden_s=hidden,
         hop_s=hop_s,
         exposed_hop_s=hop_s * (1.0 - system.stack.overlap.pipeline_p2p),
-        start_s=chunk.waits.start_s[used.inverse],
+        start_s=chunk.waits.start_s[used.inverse] if chunk.waits.start_s.any() else np.broadcast_to(0.0, hop_s.shape),
     )
 
 

@@ -7,7 +7,6 @@ come round again every micro-batch, so its rate is a closed form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,8 @@ from moesim.cost.host_times import lead_s, replays_step, wait_s
 from moesim.describe.hardware import LaunchBehaviour
 from moesim.engine.layer_cases import Block, LayerCases
 from moesim.structure.columns import BoolArray, FloatArray, IntArray
-from moesim.structure.layers import StagePlan
-from moesim.structure.rank_programs import ChunkLayers
+from moesim.structure.layers import LayerSequence, StagePlan
+from moesim.structure.rank_programs import ChunkLayers, chunk_layers
 
 FORWARD, BACKWARD = 0, 1
 
@@ -71,10 +70,10 @@ class HostWaits:
 
 @dataclass(frozen=True)
 class HostPipeline:
-    """Who issues what: a stack's launches, the layers of each chunk in order, and where chunks run."""
+    """Who issues what: a stack's launches, the layers of the model in order, and where chunks of them run."""
 
     launch: LaunchBehaviour
-    chunks: Sequence[ChunkLayers]
+    sequence: LayerSequence
     plan: StagePlan
     schedule: str
     is_training: bool
@@ -132,9 +131,8 @@ def host_waits(pipeline: HostPipeline, layers: LayerCases, cases: IntArray, seco
     if pipeline.runs_ahead:
         lead = _leads(launch, layers, cases, seconds, reads)
         if reads.any():
-            leading = tuple(
-                _leading(chunk, layers, cases, lead[FORWARD, at]) for at, chunk in enumerate(pipeline.chunks)
-            )
+            held = chunk_layers(pipeline.sequence, pipeline.plan)
+            leading = tuple(_leading(chunk, layers, cases, lead[FORWARD, at]) for at, chunk in enumerate(held))
     late = wait_s(seconds.host_s, seconds.issued_s, lead)
     first_s = np.minimum(wait_s(seconds.host_s[FORWARD, 0], seconds.issued_s[FORWARD, 0]), lead[FORWARD, 0])
     waiting = late + seconds.gap_s

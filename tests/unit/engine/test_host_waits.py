@@ -18,8 +18,7 @@ from moesim.engine.host_waits import BACKWARD, FORWARD, HostPipeline, HostWaits,
 from moesim.engine.layer_cases import Block, BlockPhase, LayerCases
 from moesim.estimation.estimate import estimate_loaded
 from moesim.estimation.loading import LoadedScenario, build_system
-from moesim.structure.layers import StagePlan
-from moesim.structure.rank_programs import ChunkLayers, LayerOfChunk
+from moesim.structure.layers import LayerKind, LayerSequence, StagePlan
 
 AGREEMENT = 1e-6
 OPERATION_S = 1e-5
@@ -90,9 +89,9 @@ def waits_of(forward: Pass, backward: Pass, launch: LaunchBehaviour, **fields: A
         gap_s=np.zeros((2, 1, 1)),
         waiting_by_block_s=phases[0].waiting_s[None],
     )
-    chunk = ChunkLayers((LayerOfChunk(0, 0),), True, True)
+    sequence = LayerSequence((LayerKind("decoder", reads, False),), (0,), 0)
     plan = StagePlan(1, 1, np.ones((1, 1)))
-    pipeline = HostPipeline(launch, (chunk,), plan, "one_f_one_b", is_training=True)
+    pipeline = HostPipeline(launch, sequence, plan, "one_f_one_b", is_training=True)
     return host_waits(pipeline, layers, cases, seconds)
 
 
