@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moesim.cost.collectives import collective_time
 from moesim.cost.communication_libraries import CollectiveTime
 from moesim.cost.efficiency_surfaces import DeviceRates
-from moesim.cost.host_times import host_step_time_s
+from moesim.cost.host_times import host_step_time_s, lead_s, replays_step, update_gap_s, wait_s
 from moesim.cost.operators import Hardware
 from moesim.cost.segment_times import reduction_loss
 from moesim.describe.hardware import Device
@@ -37,7 +37,8 @@ class StateCosts:
     ``reduction_s`` gradients after the last micro-batch (hides under its backward), ``update_gather_s`` updated
     parameters (hides under the next forward), ``pass_gather_s`` ZeRO-3 parameters per pass and ``pass_scatter_s``
     ZeRO-2/3 gradients per micro-batch, ``optimizer_s`` the update itself and the
-    zeros that gradients are added to, ``host_s`` what the host adds to it once per step. ``reduction_buckets`` that
+    zeros that gradients are added to, ``host_s`` what the host adds to it once per step, ``lead_s`` how far it is ahead
+    after it where nothing is read at the end of a step. ``reduction_buckets`` that
     gradients are reduced in one by one, 0 where the stack decides; ``reduction_loss`` what computing loses of its speed
     meanwhile.
     """
@@ -48,6 +49,7 @@ class StateCosts:
     pass_scatter_s: FloatArray
     optimizer_s: FloatArray
     host_s: FloatArray
+    lead_s: FloatArray
     ideal_communication_s: FloatArray
     ideal_optimizer_s: FloatArray
     reduction_buckets: FloatArray
@@ -105,13 +107,17 @@ def state_costs(context: LoweringContext, stages: StageParameters, hardware: Har
     host_s = host_step_time_s(
         stages.tensors[:, None] + stages.expert_tensors[:, None] / columns["expert"], context.stack.launch
     )
+    launch = context.stack.launch
+    gaps_s = update_gap_s(_updated(context, dense, expert), launch)
+    ends_alone = "step" not in launch.synchronises and not replays_step(launch)
     return StateCosts(
         reduction_s=reduction,
         update_gather_s=gathered.modelled_s * ((zero == 1) | (zero == 2)),
         pass_gather_s=gathered.modelled_s * (zero == 3),
         pass_scatter_s=scattered.modelled_s * (zero >= 2),
         optimizer_s=optimizer_s,
-        host_s=np.maximum(host_s - optimizer_s, 0.0),
+        host_s=wait_s(host_s, optimizer_s) + gaps_s,
+        lead_s=lead_s(host_s, optimizer_s, launch) * ends_alone,
         ideal_communication_s=ideal,
         ideal_optimizer_s=ideal_optimizer_s,
         reduction_buckets=buckets[0] + buckets[1],
@@ -180,6 +186,14 @@ def _mirror_exchange(
     return _time("point_to_point", kept * reduced, context.group("pipeline"), hardware)
 
 
+def _updated(context: LoweringContext, dense: FloatArray, expert: FloatArray) -> FloatArray:
+    """Parameters that one device updates."""
+    columns = context.columns
+    sharded = columns["zero_stage"] >= 1
+    local = dense / np.where(sharded, columns["data"] * columns["context"], 1.0)
+    return np.asarray(local + expert / np.where(sharded, columns["expert_data"], 1.0))
+
+
 def _optimizer(
     context: LoweringContext, dense: FloatArray, expert: FloatArray, hardware: Hardware, device: Device
 ) -> tuple[FloatArray, FloatArray]:
@@ -187,11 +201,9 @@ def _optimizer(
 
     Offloaded, gradients and parameters cross the host link instead (the host's own arithmetic is not modelled).
     """
-    columns, scenario = context.columns, context.scenario
+    scenario = context.scenario
     precision, optimizer = scenario.precision, scenario.optimizer
-    sharded = columns["zero_stage"] >= 1
-    local = dense / np.where(sharded, columns["data"] * columns["context"], 1.0)
-    local = local + expert / np.where(sharded, columns["expert_data"], 1.0)
+    local = _updated(context, dense, expert)
     gradient, stored = PRECISION_BYTES[precision.gradients], PRECISION_BYTES[precision.parameters]
     if optimizer.offload == "optimizer":
         seconds = local * max(gradient, stored) / device.host_link_bandwidth.value

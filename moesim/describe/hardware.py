@@ -223,6 +223,11 @@ GraphedPart = Literal["attention", "dense_ffn", "router", "experts", "step"]
 """What a CUDA graph may cover: parts of a layer, or the whole step (one compiled program is such a graph)."""
 
 
+Synchronisation = Literal["exchange", "experts", "hop", "step"]
+"""What the host waits for the device at: counts of the rows that ranks exchange, of the rows of experts that stay, a
+transfer between stages that hold one chunk each, and the end of a step."""
+
+
 class LaunchBehaviour(Description):
     """Host side of a step: what issuing work costs, what graphs replay, synchronisations of dropless counts.
 
@@ -232,6 +237,10 @@ class LaunchBehaviour(Description):
     it (batch, optimizer, clipping, logging); ``cuda_graphs`` lists what is replayed instead of issued.
     ``parameter_tensor_operations`` of the framework per tensor and step, null as Megatron-Core's; 0 where one fused
     update takes all tensors.
+    ``kernel_gap`` is what a kernel issued by itself starts later after the one before it than in a graph.
+    ``launch_queue`` operations may be issued before the device has done them (CUDA: about 1,024); 0: host and device
+    meet after every pass. ``synchronises`` lists where the host waits until the device has worked off the queue; counts
+    are then read ``host_synchronisations_per_moe_layer`` times.
     ``expert_message_time`` is what each message between a rank and one expert costs where rows are exchanged expert by
     expert, each peer on its own; null where one all-to-all does it.
     """
@@ -243,6 +252,9 @@ class LaunchBehaviour(Description):
     loops_over_experts: Flag = False
     expert_message_time: DurationFigure | None = None
     cuda_graphs: list[GraphedPart] = []
+    kernel_gap: DurationFigure | None = None
+    launch_queue: Annotated[int, Field(ge=0, le=1_000_000, strict=True)] = 0
+    synchronises: list[Synchronisation] = ["exchange", "experts", "hop", "step"]
     host_synchronisations_per_moe_layer: Annotated[int, Field(ge=0, le=100, strict=True)]
     host_synchronisation_time: DurationFigure
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesim.cost.host_times import replays_step
 from moesim.cost.operators import Hardware
 from moesim.cost.state_costs import StateCosts, hop_time, state_cost_columns, state_costs
 from moesim.describe.hardware import Cluster, Device, Stack
 from moesim.describe.scenario import Scenario
+from moesim.engine.host_waits import HostPipeline, HostWaits, PassSeconds, host_waits
 from moesim.engine.layer_cases import PHASES, LayerCases, PhaseName, layer_case_columns, layer_cases
 from moesim.engine.max_plus import forward_finish_s, pipeline_finish_s
 from moesim.engine.overlaps import hidden_reduction_s, prefetched_s
@@ -54,7 +54,7 @@ class System:
 class ChunkTimes:
     """Times of one micro-batch on every chunk without ZeRO's passes, arrays (chunks, n_layer_cases of the plan).
 
-    ``forward_s`` and ``backward_s`` contain what the host makes the device wait, which is also in ``host_s``; the
+    ``forward_s`` and ``backward_s`` contain what the host makes the device wait, ``waits``; the
     ``serial`` ones overlap nothing; ``ideal_s`` is forward and backward at peak rates; ``weight_gradient_s`` is the
     compute in ``backward_s`` that schedules may run apart; ``flops`` (n_layer_cases,) are those of all stages.
     """
@@ -64,7 +64,7 @@ class ChunkTimes:
     serial_forward_s: FloatArray
     serial_backward_s: FloatArray
     ideal_s: FloatArray
-    host_s: FloatArray
+    waits: HostWaits
     weight_gradient_s: FloatArray
     flops: FloatArray
 
@@ -75,7 +75,8 @@ class StageTimes:
 
     ``forward_s`` and ``backward_s`` (chunks, n_cases) include ZeRO's passes; ``zero_pass_s`` are these forward and
     backward, ``zero_pass_hidden_s`` what hides of each, and their exposed and hidden parts have the same shape; hops
-    between stages are (n_cases,). ``chunk`` are the times behind them, ``chunk_case`` each pass's case there.
+    between stages are (n_cases,), and so is ``start_s``, what the device waits for the host at the start of a step.
+    ``chunk`` are the times behind them, ``chunk_case`` each pass's case there.
     """
 
     chunk: ChunkTimes
@@ -89,6 +90,7 @@ class StageTimes:
     zero_hidden_s: FloatArray
     hop_s: FloatArray
     exposed_hop_s: FloatArray
+    start_s: FloatArray
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class PlanEvaluation:
     """Rows with one stage plan: results per row, and the cases behind them for the breakdown.
 
     Arrays are (n_rows,) unless said otherwise; ``rows`` are positions in the table; ``stage_memory`` holds (stages,
-    n_rows) by category; ``case`` is each row's pass case.
+    n_rows) by category; ``case`` is each row's pass case; ``update_lead_s`` is what each micro-batch waits less
+    since the host ran ahead during the update before.
     """
 
     rows: IntArray
@@ -115,6 +118,7 @@ class PlanEvaluation:
     pass_case: IntArray
     times: StageTimes
     layers: LayerCases
+    update_lead_s: FloatArray
 
 
 def evaluate(system: System, columns: Columns) -> Iterator[PlanEvaluation]:
@@ -148,6 +152,7 @@ def _evaluate_plan(
     layer_case = layers.inverse[rows]
     times = _stage_times(
         system,
+        sequence,
         plan,
         layers,
         layer_case[passes.rows],
@@ -157,7 +162,10 @@ def _evaluate_plan(
     )
     finish, pipe_lower, pipe_upper = _pipeline(system, plan, columns["num_micro_batches"][passes.rows], times)
     is_training = scenario.workload.kind == "training"
+    lead_s = _update_lead_s(times, costs, states.inverse, passes.inverse, columns["num_micro_batches"])
     step_time_s = _step_end(system, plan, times, finish, costs, states.inverse, passes.inverse)
+    if is_training and lead_s.any():
+        step_time_s = step_time_s - lead_s * columns["num_micro_batches"]
     memory = _memory(system, sequence, plan, parameters, columns, states)
     after = (costs.reduction_s + costs.update_gather_s + costs.optimizer_s + costs.host_s).max(axis=0)
     flops = times.chunk.flops[times.chunk_case][passes.inverse] * columns["num_micro_batches"]
@@ -178,6 +186,7 @@ def _evaluate_plan(
         pass_case=passes.inverse,
         times=times,
         layers=layers,
+        update_lead_s=lead_s,
     )
 
 
@@ -210,34 +219,39 @@ def _pass_columns(scenario: Scenario) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*names, "expert", "expert_tensor", "expert_data")))
 
 
-def _chunk_times(system: System, plan: StagePlan, layers: LayerCases, cases: IntArray) -> ChunkTimes:
-    """Sum blocks over chunks for some layer cases; the device or the host, whichever is slower.
-
-    Between synchronisations a stretch takes max(device, host). Counts copied to the host empty the queue in every MoE
-    layer's forward pass, so each layer there is a stretch of its own; elsewhere a chunk's pass is one.
-    """
-    launch = system.stack.launch
-    moe_layers = np.zeros(plan.counts.shape[1])
-    for index, block in enumerate(layers.layers):
-        moe_layers = moe_layers + plan.counts[index] * block.is_moe
-    moe_layers[-1] += layers.token_prediction_moe_layers
-    synchronisations = 0 if replays_step(launch) else launch.host_synchronisations_per_moe_layer
-    sync_s = synchronisations * launch.host_synchronisation_time.value
+def _chunk_times(
+    system: System, sequence: LayerSequence, plan: StagePlan, layers: LayerCases, cases: IntArray
+) -> ChunkTimes:
+    """Sum blocks over chunks for some layer cases; the device or the host, whichever is slower."""
 
     def total(phase: PhaseName, attribute: str) -> FloatArray:
         return _chunk_sum(layers, plan, phase, attribute, cases)
 
-    waiting = {phase: np.maximum(total(phase, "host_s") - total(phase, "device_s"), 0.0) for phase in PHASES}
-    if synchronisations and moe_layers.any():
-        waiting["forward"] = total("forward", "waiting_s")
-    waiting["forward"] = waiting["forward"] + (moe_layers * sync_s)[:, None]
+    device = {phase: total(phase, "device_s") for phase in PHASES}
+    launch = system.stack.launch
+    gap_s = np.stack([total(phase, "gap_s") for phase in PHASES]) if launch.kernel_gap else np.zeros((2, 1, 1))
+    seconds = PassSeconds(
+        host_s=np.stack([total(phase, "host_s") for phase in PHASES]),
+        device_s=np.stack([device[phase] for phase in PHASES]),
+        gap_s=gap_s,
+        waiting_by_block_s=total("forward", "waiting_s") if layers.reads_counts.any() else np.zeros((1, 1)),
+    )
+    pipeline = HostPipeline(
+        launch,
+        sequence,
+        plan,
+        system.scenario.parallelism.pipeline.schedule,
+        is_training=system.scenario.workload.kind == "training",
+    )
+    waits = host_waits(pipeline, layers, cases, seconds)
+    waiting = dict(zip(PHASES, waits.waiting_s, strict=True))
     return ChunkTimes(
-        forward_s=total("forward", "device_s") + waiting["forward"],
-        backward_s=total("backward", "device_s") + waiting["backward"],
+        forward_s=device["forward"] + waiting["forward"],
+        backward_s=device["backward"] + waiting["backward"],
         serial_forward_s=total("forward", "serial_s") + waiting["forward"],
         serial_backward_s=total("backward", "serial_s") + waiting["backward"],
         ideal_s=total("forward", "ideal_s") + total("backward", "ideal_s"),
-        host_s=waiting["forward"] + waiting["backward"],
+        waits=waits,
         weight_gradient_s=total("backward", "weight_gradient_s"),
         flops=(total("forward", "flops") + total("backward", "flops")).sum(axis=0),
     )
@@ -257,6 +271,7 @@ def _chunk_sum(layers: LayerCases, plan: StagePlan, phase: PhaseName, attribute:
 
 def _stage_times(
     system: System,
+    sequence: LayerSequence,
     plan: StagePlan,
     layers: LayerCases,
     layer_case: IntArray,
@@ -266,7 +281,7 @@ def _stage_times(
 ) -> StageTimes:
     """Times of a micro-batch per pass case: chunks gathered, ZeRO's passes added, hidden as the stack achieves."""
     used = distinct_codes(layer_case, len(layers.rows))
-    chunk = _chunk_times(system, plan, layers, layer_case[used.rows])
+    chunk = _chunk_times(system, sequence, plan, layers, layer_case[used.rows])
     forward_s, backward_s = chunk.forward_s[:, used.inverse], chunk.backward_s[:, used.inverse]
     exposed = hidden = gather = scatter = np.broadcast_to(np.zeros(1), forward_s.shape)
     hidden_forward = hidden_backward = hidden
@@ -294,6 +309,7 @@ def _stage_times(
         zero_hidden_s=hidden,
         hop_s=hop_s,
         exposed_hop_s=hop_s * (1.0 - system.stack.overlap.pipeline_p2p),
+        start_s=chunk.waits.start_s[used.inverse] if chunk.waits.start_s.any() else np.broadcast_to(0.0, hop_s.shape),
     )
 
 
@@ -365,6 +381,20 @@ def _pipeline(
     return finish, lower, rounds * virtual * (slowest + hop)
 
 
+def _update_lead_s(
+    times: StageTimes, costs: StateCosts, state_case: IntArray, pass_case: IntArray, micro_batches: FloatArray
+) -> FloatArray:
+    """What each micro-batch waits less since the host issued work during the update, (n_rows,).
+
+    A step of one stage then takes max(host, device) of all it has. With several stages, whose waiting would end the
+    step is not known beforehand: none of it is taken off.
+    """
+    if len(times.forward_s) > 1 or not costs.lead_s.any():
+        return np.broadcast_to(0.0, pass_case.shape)
+    late_s = times.chunk.waits.late_s.sum(axis=0)[0, times.chunk_case[pass_case]]
+    return np.asarray(np.minimum(costs.lead_s[0, state_case] / micro_batches, late_s))
+
+
 def _step_end(
     system: System,
     plan: StagePlan,
@@ -382,6 +412,8 @@ def _step_end(
     end += (costs.reduction_s + costs.update_gather_s + costs.optimizer_s + costs.host_s)[:, state_case]
     eta = system.stack.overlap.data_parallel
     at_rows = (costs.reduction_s[:, state_case], backward[:, pass_case])
+    if times.start_s.any():
+        end += times.start_s[pass_case]
     end -= hidden_reduction_s(*at_rows, eta, costs.reduction_buckets[:, state_case], costs.reduction_loss)
     if costs.update_gather_s.any():
         end -= np.minimum((costs.update_gather_s * eta)[:, state_case], forward[:, pass_case])

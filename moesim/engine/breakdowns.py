@@ -61,7 +61,7 @@ def step_end(evaluation: PlanEvaluation, row: int, stage: int) -> StepEnd:
         gather_s=gather,
         hidden_gather_s=min(gather * eta, float(times.forward_s[chunks, pass_case].sum()) / placed.directions),
         optimizer_s=float(costs.optimizer_s[at]),
-        host_s=float(costs.host_s[at]),
+        host_s=float(costs.host_s[at] + times.start_s[pass_case]),
     )
 
 
@@ -87,8 +87,8 @@ def breakdown(evaluation: PlanEvaluation, columns: Columns, row: int) -> dict[st
                     seconds = float(np.broadcast_to(values, layers.rows.shape)[case])
                     totals[key] = totals.get(key, 0.0) + micro_batches * count * seconds
     chunks, end = placed.held[stage], step_end(evaluation, row, stage)
-    exposed["host"] = micro_batches * float(times.chunk.host_s[chunks, times.chunk_case[pass_case]].sum())
-    exposed["host"] += end.host_s
+    exposed["host"] = micro_batches * float(times.chunk.waits.waiting_s[:, chunks, times.chunk_case[pass_case]].sum())
+    exposed["host"] += end.host_s - micro_batches * float(evaluation.update_lead_s[row])
     exposed["data_parallel"] = end.exposed_s + micro_batches * float(times.zero_exposed_s[chunks, pass_case].sum())
     hidden["data_parallel"] = end.hidden_s + micro_batches * float(times.zero_hidden_s[chunks, pass_case].sum())
     exposed["optimizer"] = end.optimizer_s

@@ -8,19 +8,20 @@ from typing import Literal
 
 import numpy as np
 
-from moesim.cost.host_times import expert_messages_s, host_time_s
+from moesim.cost.host_times import expert_messages_s, gap_s, host_time_s, reads_counts, wait_s
 from moesim.cost.layer_times import COMMUNICATION_STREAMS, REPORTED_AS, PhaseTimes, PricedTable, price_table, total_s
 from moesim.cost.operators import Hardware
 from moesim.describe.hardware import OverlapAchieved, Stack
 from moesim.describe.overlap import Overlap
 from moesim.describe.scenario import Scenario
 from moesim.engine.block_overlaps import Totals, block_mechanisms, divided
-from moesim.structure.columns import RECOMPUTE_CODES, Columns, Distinct, FloatArray, IntArray
+from moesim.structure.columns import RECOMPUTE_CODES, BoolArray, Columns, Distinct, FloatArray, IntArray
 from moesim.structure.layers import LayerKind, LayerSequence
 from moesim.structure.lowering import LoweringContext, token_columns
 from moesim.structure.lowering_layers import dense_part, embedding_part, head_part, token_prediction_part
 from moesim.structure.lowering_moe import LoadFactor, moe_columns, moe_part
 from moesim.structure.parameters import mtp_layer_kind
+from moesim.structure.step_graph import HostWork
 
 PhaseName = Literal["forward", "backward"]
 PHASES: tuple[PhaseName, ...] = ("forward", "backward")
@@ -32,8 +33,9 @@ class BlockPhase:
 
     ``device_s`` is what the device needs (exposed parts summed), ``serial_s`` with nothing overlapped, ``ideal_s`` at
     peak rates with everything overlapped (the longest of ``ideal_parts_s``: compute and each stream), ``flops``
-    executed, ``host_s`` what the host needs to issue it; ``weight_gradient_s`` is what of ``device_s`` a schedule may
-    run apart.
+    executed, ``host_s`` what the host needs to issue it, ``gap_s`` what its kernels start later than in a graph;
+    ``routed_device_s`` and ``routed_host_s`` are those of a forward pass until the router has chosen;
+    ``weight_gradient_s`` is what of ``device_s`` a schedule may run apart.
     """
 
     exposed_s: dict[str, FloatArray] = field(default_factory=dict)
@@ -44,12 +46,20 @@ class BlockPhase:
     ideal_s: FloatArray | float = 0.0
     flops: FloatArray | float = 0.0
     host_s: FloatArray | float = 0.0
+    gap_s: FloatArray | float = 0.0
+    routed_device_s: FloatArray | float = 0.0
+    routed_host_s: FloatArray | float = 0.0
     weight_gradient_s: FloatArray | float = 0.0
 
     @property
+    def issued_s(self) -> FloatArray:
+        """What the device needs, and the gaps between its kernels."""
+        return np.asarray(self.device_s) + self.gap_s
+
+    @property
     def waiting_s(self) -> FloatArray:
-        """What the device waits for the host where the queue is empty before and after this phase."""
-        return np.maximum(np.asarray(self.host_s) - self.device_s, 0.0)
+        """What the device waits for the host, beside the gaps, where host and device are level before and after."""
+        return wait_s(np.asarray(self.host_s), self.issued_s)
 
 
 @dataclass
@@ -71,7 +81,7 @@ class LayerCases:
     """Blocks over the distinct cases of ``columns``: layer kinds in order, then first and last end.
 
     ``inverse`` maps a row to its case; ``first`` is the embedding, ``last`` head, loss and token prediction, which has
-    ``token_prediction_moe_layers``.
+    ``token_prediction_moe_layers``. ``reads_counts``, for each case: the host waits for the counts of MoE layers.
     """
 
     rows: IntArray
@@ -80,6 +90,7 @@ class LayerCases:
     first: Block
     last: Block
     token_prediction_moe_layers: int
+    reads_counts: BoolArray
 
 
 Gather = Callable[[FloatArray], FloatArray]
@@ -175,7 +186,9 @@ def layer_cases(
         for _ in range(sequence.mtp_layers):
             last = _joined(_joined(last, module), inner)
         moe_modules = sequence.mtp_layers * inner.is_moe
-    return LayerCases(priced.cases.rows, priced.cases.inverse, layers, first, last, moe_modules)
+    sharing = priced.columns["expert"] * priced.columns["expert_tensor"]
+    reads = reads_counts(stack.launch, sharing)
+    return LayerCases(priced.cases.rows, priced.cases.inverse, layers, first, last, moe_modules, reads)
 
 
 def _moe_tables(
@@ -209,7 +222,8 @@ def _joined(block: Block, other: Block) -> Block:
             one.ideal_s + two.ideal_s,
             one.flops + two.flops,
             one.host_s + two.host_s,
-            one.weight_gradient_s + two.weight_gradient_s,
+            one.gap_s + two.gap_s,
+            weight_gradient_s=one.weight_gradient_s + two.weight_gradient_s,
         )
 
     name, is_moe = f"{block.name}+{other.name}", block.is_moe or other.is_moe
@@ -241,15 +255,31 @@ class _Assembler:
                 _accumulate(phase, times, gather)
                 host_s = host_time_s(times.host, times.kernels, self.stack.launch)
                 phase.host_s = phase.host_s + gather(np.zeros(1) + host_s)
+                phase.gap_s = phase.gap_s + gather(np.zeros(1) + gap_s(times.host, times.kernels, self.stack.launch))
                 if messages_s := expert_messages_s(times.host, self.stack.launch):
                     phase.exposed_s["all_to_all"] = np.add(phase.exposed_s.get("all_to_all", 0.0), messages_s)
                     phase.serial_s = phase.serial_s + messages_s
+        if priced.is_moe:
+            self._until_routed(priced, forward)
         streams = [self._overlap(phase) for phase in (forward, backward, selective)]
         if priced.is_moe and self.overlap.is_in_blocks:
             self._run_mechanisms(priced, (forward, backward), streams)
         if self.is_training and not priced.is_end:
             self._recompute(backward, forward, selective)
         return Block(priced.name, priced.is_moe, forward, backward)
+
+    def _until_routed(self, priced: PricedBlock, forward: BlockPhase) -> None:
+        """Work of a MoE layer until its router has chosen: the dense part, nothing overlapped, and the router."""
+        (dense, of_dense), (moe, of_moe) = priced.tables
+        dense_s = np.add(total_s(dense.forward.compute_s), total_s(dense.forward.communication_s))
+        router_s = moe.forward.compute_s.get("router", np.zeros(1))
+        forward.routed_device_s = of_dense(np.zeros(1) + dense_s) + of_moe(router_s)
+        launch, work = self.stack.launch, moe.forward.host
+        router = HostWork({part: count for part, count in work.operations.items() if part == "router"})
+        dense_host_s = host_time_s(dense.forward.host, dense.forward.kernels, launch)
+        forward.routed_host_s = of_dense(np.zeros(1) + dense_host_s) + of_moe(
+            np.zeros(1) + host_time_s(router, 0, launch)
+        )
 
     def _overlap(self, phase: BlockPhase) -> StreamSeconds:
         """Hide each communication under compute, at most the share the stack achieves and the compute there is.
@@ -298,7 +328,7 @@ class _Assembler:
 
         backward.exposed_s["recompute"] = repeated("device_s")
         backward.hidden_s["recompute"] = full * sum(forward.hidden_s.values(), 0.0)
-        for attribute in ("device_s", "serial_s", "ideal_s", "flops", "host_s"):
+        for attribute in ("device_s", "serial_s", "ideal_s", "flops", "host_s", "gap_s"):
             setattr(backward, attribute, getattr(backward, attribute) + repeated(attribute))
 
 

@@ -9,7 +9,6 @@ from typing import Protocol
 
 import numpy as np
 
-from moesim.cost.host_times import replays_step
 from moesim.cost.state_costs import hop_message
 from moesim.engine.analytical import PlanEvaluation, System, evaluate
 from moesim.engine.block_overlaps import block_mechanisms
@@ -156,13 +155,17 @@ class PreparedStep:
             return None
         return scope_rewrite(block_mechanisms(overlap, self.system.stack, self.system.hardware, block.tables))
 
-    def stretch_rule(self) -> StretchRule:
-        """Counts copied to the host empty the queue in every MoE layer's forward pass."""
-        launch, plan = self.system.stack.launch, self.evaluation.plan
-        count = 0 if replays_step(launch) else launch.host_synchronisations_per_moe_layer
-        has_moe = any(block.is_moe and plan.counts[kind].any() for kind, block in enumerate(self.priced.layers))
-        has_moe = has_moe or self.evaluation.layers.token_prediction_moe_layers > 0
-        return StretchRule(bool(count) and has_moe, count * launch.host_synchronisation_time.value)
+    def stretch_rule(self, chunk: int) -> StretchRule:
+        """When a chunk's passes wait for the host: where counts are read, after every block of a forward pass."""
+        launch, evaluation = self.system.stack.launch, self.evaluation
+        waits, case = evaluation.times.chunk.waits, evaluation.times.chunk_case[evaluation.pass_case[0]]
+        per_block = bool(waits.reads_counts[case])
+        sync_s = per_block * launch.host_synchronisations_per_moe_layer * launch.host_synchronisation_time.value
+        ahead_s = float(evaluation.update_lead_s[0])
+        sooner_s = min(ahead_s, float(waits.late_s[0, chunk, case]))
+        forward_s = waits.leading_s[chunk] if per_block else (waits.lead_s[0, chunk] + sooner_s,)
+        backward_s = float(waits.lead_s[1, chunk, case]) + (ahead_s - sooner_s)
+        return StretchRule(per_block, sync_s, tuple(float(part[case]) for part in forward_s), backward_s)
 
     def zero_s(self, chunk: int) -> dict[int, float]:
         """Seconds of ZeRO's collectives of a chunk's pass, by phase."""
@@ -225,7 +228,6 @@ class _PassBuilder:
         self.loads = loads
         self.loaded_layers = [{layer for layer, *_ in seconds} for seconds in loads]
         self.factors = {stage: compute_factor(stage) for stage in range(step.stages)}
-        self.rule = step.stretch_rule()
         self.known: dict[tuple[int, int, int, int], BlockTimes] = {}
         self.blocks: dict[tuple[int, int], ChunkBlocks] = {}
 
@@ -233,7 +235,7 @@ class _PassBuilder:
         if (stage, chunk) not in self.blocks:
             self.blocks[stage, chunk] = ChunkBlocks(
                 groups=tuple(self._groups(stage, chunk)),
-                rule=self.rule,
+                rule=self.step.stretch_rule(chunk),
                 zero_s=self.step.zero_s(chunk) if self.links is None else self.links.zero_s(stage, chunk),
                 zero_overlap=self.step.zero_overlap(chunk),
             )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, islice, repeat
 
 import numpy as np
 
-from moesim.cost.host_times import expert_messages_s, host_time_s
+from moesim.cost.host_times import expert_messages_s, gap_s, host_time_s
 from moesim.cost.layer_times import COMMUNICATION_STREAMS, PhaseTimes, PricedTable
 from moesim.describe.hardware import Stack
 from moesim.engine.layer_cases import PricedBlock, hidden_seconds
@@ -53,7 +54,7 @@ class BlockTimes:
     """A layer or an end of the model on the ranks of a stage; ``layer`` is its number, -1 for an end.
 
     ``forward`` and ``backward`` are scopes in order; ``host_forward_s`` and ``host_backward_s`` what the host needs to
-    issue them.
+    issue them, ``gap_forward_s`` and ``gap_backward_s`` the gaps between their kernels.
     """
 
     layer: int
@@ -62,6 +63,8 @@ class BlockTimes:
     backward: tuple[Scope, ...]
     host_forward_s: float
     host_backward_s: float
+    gap_forward_s: float
+    gap_backward_s: float
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Stretch:
     """Blocks between two moments at which the device has worked off what the host issued.
 
     It ends when both are done: the blocks, and ``host_s`` (broadcastable to (n_draws, n_ranks)) from its start; then
-    ``synchronisation_s``.
+    ``synchronisation_s``. What the host is ahead and the gaps between kernels are taken off ``host_s``, and the gaps
+    added to ``synchronisation_s``: max(device + gap, host) is max(device, host - gap) + gap.
     """
 
     blocks: tuple[BlockPass, ...]
@@ -150,6 +154,11 @@ class BlockProgram:
         times = [_phase(table, phase) for table, _ in self.block.tables]
         return sum(_one(host_time_s(part.host, part.kernels, self.stack.launch)) for part in times)
 
+    def gap_s(self, phase: str) -> float:
+        """Gaps between the kernels of a phase."""
+        times = [_phase(table, phase) for table, _ in self.block.tables]
+        return sum(_one(gap_s(part.host, part.kernels, self.stack.launch)) for part in times)
+
     def messages_s(self, phase: str) -> float:
         """What messages to single experts take, see ``host_times.expert_messages_s``."""
         return sum(expert_messages_s(_phase(table, phase).host, self.stack.launch) for table, _ in self.block.tables)
@@ -191,16 +200,24 @@ class BlockProgram:
         if self.rewrite is not None:
             forward, last = self.rewrite(forward, last)
         backward: tuple[Scope, ...] = (last,)
-        host_backward_s = self.host_s("backward")
+        repeated = None
         if is_training and not self.block.is_end:
             if self.recompute == RECOMPUTE_CODES["full"]:
-                backward = (_repeated(forward), *backward)
-                host_backward_s += self.host_s("forward")
+                backward, repeated = (_repeated(forward), *backward), "forward"
             elif self.recompute == RECOMPUTE_CODES["selective"]:
                 part = [row for row in by_phase["forward"] if row.is_recomputed_selectively]
-                backward = (_repeated(self._scope(part, seconds, "selective")), *backward)
-                host_backward_s += self.host_s("selective")
-        return BlockTimes(layer, self.block.is_moe, (forward,), backward, self.host_s("forward"), host_backward_s)
+                backward, repeated = (_repeated(self._scope(part, seconds, "selective")), *backward), "selective"
+        phases = ["backward", *([] if repeated is None else [repeated])]
+        return BlockTimes(
+            layer,
+            self.block.is_moe,
+            (forward,),
+            backward,
+            self.host_s("forward"),
+            sum(self.host_s(phase) for phase in phases),
+            self.gap_s("forward"),
+            sum(self.gap_s(phase) for phase in phases),
+        )
 
     def _seconds(
         self,
@@ -287,11 +304,14 @@ def _repeated(scope: Scope) -> Scope:
 class StretchRule:
     """When the device waits for the host: after every block of a forward pass, or once per pass.
 
-    ``synchronisation_s`` is what copying counts to the host takes in each MoE layer.
+    ``synchronisation_s`` is what copying counts to the host takes in each MoE layer. ``lead_forward_s`` by block (else
+    one number for the pass) and ``lead_backward_s`` are what the host is ahead, see ``host_leads``.
     """
 
     per_block: bool
     synchronisation_s: float
+    lead_forward_s: tuple[float, ...] = ()
+    lead_backward_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -314,28 +334,34 @@ class ChunkBlocks:
             return ChunkPass(self._forward(), zero_s, overlap)
         if phase == WEIGHT_GRADIENT:
             return ChunkPass((Stretch(self._weight_gradients(), np.zeros((1, 1))),))
+        host_s, gap_s = self._backward_host_s()
         if phase == BACKWARD:
             blocks = tuple(BlockPass(block.layer, block.backward) for block in self._reversed())
-            return ChunkPass((Stretch(blocks, self._backward_host_s()),), zero_s, overlap)
+            return ChunkPass((Stretch(blocks, host_s, gap_s),), zero_s, overlap)
         blocks = tuple(BlockPass(block.layer, _split(block.backward)[0]) for block in self._reversed())
         later_s = sum((timed.exposed_s + timed.extra_s for timed in self._weight_operations()), np.zeros((1, 1)))
-        stretch = Stretch(blocks, np.maximum(self._backward_host_s() - later_s, 0.0))
+        stretch = Stretch(blocks, np.maximum(host_s - later_s, 0.0), gap_s)
         return ChunkPass((stretch,), zero_s, overlap, later_s)
 
     def _forward(self) -> tuple[Stretch, ...]:
         passes = [tuple(BlockPass(block.layer, block.forward) for block in group) for group in self.groups]
         host_s = [sum(block.host_forward_s for block in group) for group in self.groups]
-        wait_s = [sum(block.is_moe for block in group) * self.rule.synchronisation_s for group in self.groups]
-        if self.rule.per_block:
-            return tuple(
-                Stretch(blocks, np.full((1, 1), host), wait)
-                for blocks, host, wait in zip(passes, host_s, wait_s, strict=True)
-            )
-        blocks = tuple(block for group in passes for block in group)
-        return (Stretch(blocks, np.full((1, 1), sum(host_s)), sum(wait_s)),)
+        gaps_s = [sum(block.gap_forward_s for block in group) for group in self.groups]
+        reads_s = [sum(block.is_moe for block in group) * self.rule.synchronisation_s for group in self.groups]
+        if not self.rule.per_block:
+            passes = [tuple(block for group in passes for block in group)]
+            host_s, gaps_s, reads_s = [sum(host_s)], [sum(gaps_s)], [sum(reads_s)]
+        leads = list(islice(chain(self.rule.lead_forward_s, repeat(0.0)), len(host_s)))
+        return tuple(
+            Stretch(blocks, _late_host_s(host, lead + gap), gap + read)
+            for blocks, host, lead, gap, read in zip(passes, host_s, leads, gaps_s, reads_s, strict=True)
+        )
 
-    def _backward_host_s(self) -> FloatArray:
-        return np.full((1, 1), sum(block.host_backward_s for block in self._reversed()))
+    def _backward_host_s(self) -> tuple[FloatArray, float]:
+        """What the host needs longer than leads and gaps, and the gaps."""
+        host_s = sum(block.host_backward_s for block in self._reversed())
+        gap_s = sum(block.gap_backward_s for block in self._reversed())
+        return _late_host_s(host_s, self.rule.lead_backward_s + gap_s), gap_s
 
     def _weight_operations(self) -> Iterator[TimedOperation]:
         for block in self._reversed():
@@ -352,6 +378,10 @@ class ChunkBlocks:
     def _reversed(self) -> Iterator[BlockTimes]:
         for group in reversed(self.groups):
             yield from reversed(group)
+
+
+def _late_host_s(host_s: float, less_s: float) -> FloatArray:
+    return np.full((1, 1), max(host_s - less_s, 0.0))
 
 
 def _split(scopes: tuple[Scope, ...]) -> tuple[tuple[Scope, ...], tuple[Scope, ...]]:

@@ -300,17 +300,28 @@ def _permute_dispatch(context: LoweringContext, routed: RoutedTokens, factor: Fl
 def _measured_dispatch(
     context: LoweringContext, measured: ElementwiseKernels, routed: RoutedTokens, factor: FloatArray
 ) -> list[Operation]:
-    """Sort the choices, copy rows to their experts' order and back, each by kernels that were measured."""
+    """Sort the choices, copy rows to their experts' order and back, each by kernels that were measured.
+
+    With a capacity all are sorted before by the same kernels: their places at their experts say which are kept.
+    """
     name, elements = "dispatch_combine", routed.sent_rows * float(context.model.hidden_size)
-    sort = traffic(
-        context,
-        "dispatch.sort",
-        name,
-        routed.sent_rows,
-        passes=(SORT_PASSES, 0.0),
-        kernels=(measured.sort_kernels, 0),
-        element_bytes=INDEX_BYTES,
-    )
+    moe = context.model.moe
+    assert moe is not None
+    choices = np.where(routed.is_dropless, 0.0, routed.tokens * float(moe.router.experts_per_token))
+    sorts = [("dispatch.places", choices), ("dispatch.sort", routed.sent_rows)]
+    sorted_rows = [
+        traffic(
+            context,
+            step,
+            name,
+            sorted_elements,
+            passes=(SORT_PASSES, 0.0),
+            kernels=(measured.sort_kernels, 0),
+            element_bytes=INDEX_BYTES,
+        )[0]
+        for step, sorted_elements in sorts
+        if sorted_elements.any()
+    ]
     moved = [
         row
         for step, passes in (("dispatch.permute", measured.permute), ("combine.unpermute", measured.unpermute))
@@ -318,7 +329,7 @@ def _measured_dispatch(
             context, step, name, elements, passes=both_passes(passes), kernels=(3, 3), load_factor=factor
         )
     ]
-    return sort[:1] + moved
+    return sorted_rows + moved
 
 
 def _all_to_all(context: LoweringContext, routed: RoutedTokens, factor: FloatArray) -> list[Operation]:

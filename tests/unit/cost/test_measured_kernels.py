@@ -41,8 +41,8 @@ def core(length: float, *, is_backward: bool = False) -> AttentionCore:
     return AttentionCore(pairs, one(32), width, 0.5, one(0), "bf16", 2.0, prefill, is_backward)
 
 
-def layer(kind: str, stack=STACK):
-    case = MeasuredCase("c", "moe_layer", "moe_layer", kind, "bf16", LAYER, 0, 0, 1, 0, 1, "", "")
+def layer(kind: str, stack=STACK, **changes):
+    case = MeasuredCase("c", "moe_layer", "moe_layer", kind, "bf16", LAYER | changes, 0, 0, 1, 0, 1, "", "")
     return map_case(case, stack).operations
 
 
@@ -90,6 +90,14 @@ def test_a_measured_stack_sorts_copies_casts_and_adds_where_the_others_count_pas
     assert {"dispatch.sort", "dispatch.permute", "combine.unpermute", "router.cast"} <= set(names)
     fused = [operation.name for operation in layer("forward", library.stack("megatron_core_nccl"))]
     assert not {"dispatch.sort", "combine.unpermute", "router.cast"} & set(fused)
+
+
+def test_with_a_capacity_all_choices_are_sorted_before_the_kept_ones():
+    capped = {row.name: row for row in layer("forward", capacity_factor=0.5, capacity_per="assignment")}
+    places, kept = capped["dispatch.places"], capped["dispatch.sort"]
+    assert places.kernels == kept.kernels
+    assert places.work.num_bytes[0] == pytest.approx(2 * kept.work.num_bytes[0])  # half of them are kept
+    assert "dispatch.places" not in {row.name for row in layer("forward")}
 
 
 def test_gradients_of_experts_are_added_by_a_kernel_of_their_own_with_the_bytes_of_the_stack():
