@@ -359,8 +359,12 @@ def _of_pass(table: OperationTable, case: MeasuredCase, prefix: str = "") -> tup
 
 def _attention_fields(case: MeasuredCase) -> dict[str, Any]:
     heads, kv_heads, size = (int(_size(case, name)) for name in ("heads", "kv_heads", "head_size"))
-    if heads == kv_heads:
-        attention: dict[str, Any] = {"kind": "multi_head", "heads": heads, "head_size": size}
+    if "value_size" in case.shape:
+        value_size = int(_size(case, "value_size"))
+        sizes = {"head_size": value_size, "rope_head_size": size - value_size, "value_head_size": value_size}
+        attention: dict[str, Any] = {"kind": "latent", "heads": heads, "kv_rank": heads * value_size, **sizes}
+    elif heads == kv_heads:
+        attention = {"kind": "multi_head", "heads": heads, "head_size": size}
     else:
         attention = {"kind": "grouped_query", "heads": heads, "kv_heads": kv_heads, "head_size": size}
     return {**_dense_fields(heads * size), "attention": attention}

@@ -22,17 +22,26 @@ BACKWARD_PRODUCTS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Queries, keys and values of a batch of equally long sequences."""
+    """Queries, keys and values of a batch of equally long sequences.
+
+    ``value_size`` elements of a value and of the result, where they differ from those of a key (latent attention).
+    """
 
     batch: int
     length: int
     heads: int
     kv_heads: int
     head_size: int
+    value_size: int = 0
+
+    @property
+    def value_width(self) -> int:
+        """Elements of one value."""
+        return self.value_size or self.head_size
 
     def names(self) -> dict[str, int]:
         """Sizes as a case names them."""
-        return asdict(self)
+        return {name: size for name, size in asdict(self).items() if size or name != "value_size"}
 
 
 SHAPES = (
@@ -52,6 +61,28 @@ SHAPES = (
     AttentionShape(1, 4000, 32, 8, 128),
     AttentionShape(2, 4096, 64, 8, 64),
     AttentionShape(1, 16384, 64, 8, 64),
+    AttentionShape(2, 4096, 16, 16, 192, 128),
+    AttentionShape(1, 4096, 128, 128, 192, 128),
+    AttentionShape(4, 2048, 16, 16, 192),
+    AttentionShape(1, 8192, 32, 32, 192, 128),
+    AttentionShape(8, 1024, 32, 32, 192, 128),
+    AttentionShape(1, 8192, 16, 16, 192),
+    AttentionShape(8, 1024, 16, 16, 192),
+    AttentionShape(32, 512, 32, 8, 128),
+    AttentionShape(8, 1024, 32, 32, 128),
+    AttentionShape(1, 512, 32, 8, 128),
+    AttentionShape(4, 1024, 64, 8, 128),
+    AttentionShape(16, 512, 16, 16, 192, 128),
+    AttentionShape(64, 256, 16, 16, 64),
+    AttentionShape(16, 1024, 64, 8, 64),
+    AttentionShape(4, 2048, 32, 32, 64),
+    AttentionShape(1, 8192, 64, 8, 64),
+    AttentionShape(2, 4096, 16, 8, 256),
+    AttentionShape(8, 1024, 16, 8, 256),
+    AttentionShape(1, 8192, 16, 4, 256),
+    AttentionShape(16, 512, 16, 8, 256),
+    AttentionShape(1, 2048, 32, 8, 128),
+    AttentionShape(1, 2048, 16, 16, 192, 128),
 )
 CPU_SHAPES = (AttentionShape(1, 128, 4, 4, 32), AttentionShape(2, 128, 8, 2, 32))
 
@@ -70,7 +101,6 @@ def cases(target: Target) -> list[Case]:
 
 
 def _case(shape: AttentionShape, method: str, dtype: str, kind: PassName) -> Case:
-    products = FORWARD_PRODUCTS if kind == "forward" else BACKWARD_PRODUCTS
     io_bytes = attention_bytes(shape, dtype)
     named: Shape = {**shape.names(), "method": method}
     return Case(
@@ -79,7 +109,7 @@ def _case(shape: AttentionShape, method: str, dtype: str, kind: PassName) -> Cas
         pass_name=kind,
         dtype=dtype,
         shape=named,
-        flops=products * causal_product_flops(shape),
+        flops=causal_flops(shape, kind),
         traffic_bytes=io_bytes if kind == "forward" else 2 * io_bytes,
         working_set_bytes=io_bytes if kind == "forward" else 2 * io_bytes,
         prepare=partial(prepare_attention, shape=shape, method=method, dtype=dtype, kind=kind),
@@ -97,9 +127,24 @@ def causal_product_flops(shape: AttentionShape) -> float:
     return float(shape.batch * shape.heads * shape.length**2 * shape.head_size)
 
 
+def causal_flops(shape: AttentionShape, kind: PassName) -> float:
+    """Arithmetic of a pass: products with keys (scores; backward scores again, dQ and dK) and with values.
+
+    Examples
+    --------
+    >>> causal_flops(AttentionShape(1, 4, 2, 2, 8, 4), "forward")
+    384.0
+    >>> causal_flops(AttentionShape(1, 4, 2, 2, 8), "backward")
+    1280.0
+    """
+    keys, products = (1.0, FORWARD_PRODUCTS) if kind == "forward" else (3.0, BACKWARD_PRODUCTS)
+    share = shape.value_width / shape.head_size
+    return causal_product_flops(shape) * (keys + (products - keys) * share)
+
+
 def attention_bytes(shape: AttentionShape, dtype: str) -> float:
     """Queries, keys, values and output once."""
-    per_token = 2 * (shape.heads + shape.kv_heads) * shape.head_size
+    per_token = (shape.heads + shape.kv_heads) * (shape.head_size + shape.value_width)
     return float(ELEMENT_BYTES[dtype] * shape.batch * shape.length * per_token)
 
 
@@ -124,7 +169,7 @@ def prepare_attention(bench: Workbench, *, shape: AttentionShape, method: str, d
     attend = attention_function(shares_keys=shape.kv_heads != shape.heads, method=method)
     queries = bench.normal(shape.batch, shape.heads, shape.length, shape.head_size, dtype=dtype)
     keys = bench.normal(shape.batch, shape.kv_heads, shape.length, shape.head_size, dtype=dtype)
-    values = bench.normal(shape.batch, shape.kv_heads, shape.length, shape.head_size, dtype=dtype)
+    values = bench.normal(shape.batch, shape.kv_heads, shape.length, shape.value_width, dtype=dtype)
     name = f"scaled_dot_product_attention, {method}"
     if kind == "forward":
         return Work(lambda: attend(queries, keys, values), name)
