@@ -68,7 +68,10 @@ class AttentionShapes:
 
 @dataclass(frozen=True)
 class AttentionParameters:
-    """The formula's numbers; :func:`attention_formula_time_s` says what each does."""
+    """The formula's numbers; :func:`attention_formula_time_s` says what each does.
+
+    The last three are those of a kernel timed by itself; tables of whole operators do not tell them apart.
+    """
 
     fixed_s: float
     compute_fraction: float
@@ -81,6 +84,9 @@ class AttentionParameters:
     token_s: float
     cache_bytes: float
     overlap_exponent: float
+    tile_element_s: float = 0.0
+    row_bytes: float = 0.0
+    stream_exponent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,12 @@ def attention_formula_time_s(
     With nq = ceil(s / 64) query tiles, b h nq tiles in all, F = 4 d 64² b h nq (nq + 1) / 2 padded FLOPs (a diagonal
     tile costs a whole one) and an attained rate Pe = P · compute_fraction · (factor of the head size)::
 
-        tc = F / Pe + tile_s b h nq / S                          all tiles over all compute units
-        tl = tile_s + lone_tile_factor 4 nq 64² d S / Pe         the longest row of tiles on one compute unit
+        tt = tile_s + tile_element_s 64 d                        beginning and end of a row of tiles
+        tc = F / Pe + tt b h nq / S                              all tiles over all compute units
+        tl = tt + lone_tile_factor 4 nq 64² d S / Pe             the longest row of tiles on one compute unit
         tm = f 4 b s d (h + kv) / (0.85 B)                       operands and result once
-        T  = fixed_s + (tc^p + tl^p + tm^p)^(1/p) + token_s b s + f extra_passes 2 b s d (h + 2 kv) / B
+        tk = ((tc^p + tl^p)^(q/p) + tm^q)^(1/q)                  the kernel
+        T  = fixed_s + tk + token_s b s + f (extra_passes 2 b s d (h + 2 kv) / B + row_bytes b s d h / (0.85 B))
 
     f = 1 / (1 + (cache_bytes / (2 b s d (h + 4 kv)))³) is the share of traffic the last-level cache does not serve: the
     benchmark repeats a call on the same operands. It matters where the cache is large and memory slow (L40S, where the
@@ -187,6 +195,10 @@ def attention_formula_time_s(
     (it is a framework's whole operator, hence also the ten microseconds of ``fixed_s``). The factor of the head size is
     1 at 128, linear in log d between its values at 64, 192 and 256, constant outside. Not meant for decoding, nor for
     keys other than the queries' own tokens.
+
+    Kernels timed by themselves tell more: q is ``stream_exponent`` (p where that is 0), as their copies run beside the
+    products; ``row_bytes`` per query element are moved by kernels around a backward pass, which do not (see
+    ``moesim.study.kernel_calibration``).
     """
     parts = attention_parts(
         parameters,
@@ -195,11 +207,7 @@ def attention_formula_time_s(
         memory_bytes_per_s=memory_bytes_per_s,
         compute_units=compute_units,
     )
-    longest = np.maximum(np.maximum(parts.full_s, parts.lone_s), parts.stream_s)
-    power = parameters.overlap_exponent
-    ratios = (parts.full_s / longest, parts.lone_s / longest, parts.stream_s / longest)
-    norm = ratios[0] ** power + ratios[1] ** power + ratios[2] ** power
-    return np.asarray(parameters.fixed_s + longest * norm ** (1.0 / power) + parts.around_s)
+    return np.asarray(parameters.fixed_s + kernel_s(parameters, parts) + parts.around_s)
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,17 @@ class AttentionParts:
     lone_s: FloatArray
     stream_s: FloatArray
     around_s: FloatArray
+
+
+def kernel_s(parameters: AttentionParameters, parts: AttentionParts) -> FloatArray:
+    """Terms of the kernel joined: tk of :func:`attention_formula_time_s`, shape (...,)."""
+    power = parameters.overlap_exponent
+    stream_power = parameters.stream_exponent or power
+    longest = np.maximum(np.maximum(parts.full_s, parts.lone_s), parts.stream_s)
+    full, lone, stream = (part / longest for part in (parts.full_s, parts.lone_s, parts.stream_s))
+    tiles = full**power + lone**power
+    joined = tiles if stream_power == power else tiles ** (stream_power / power)
+    return np.asarray(longest * (joined + stream**stream_power) ** (1.0 / stream_power))
 
 
 def attention_parts(
@@ -242,13 +261,17 @@ def attention_parts(
     head_factors = (parameters.head_64_factor, 1.0, parameters.head_192_factor, parameters.head_256_factor)
     head_factor = np.interp(np.log2(shapes.head_size), np.log2((64.0, 128.0, 192.0, 256.0)), head_factors)
     rate = peak_flop_per_s * parameters.compute_fraction * head_factor
-    full_s = tile_flops * all_tiles * (tiles + 1.0) / 2.0 / rate + parameters.tile_s * all_tiles / compute_units
-    lone_s = parameters.tile_s + parameters.lone_tile_factor * tiles * tile_flops * compute_units / rate
+    tile_s = parameters.tile_s + parameters.tile_element_s * TILE * shapes.head_size
+    full_s = tile_flops * all_tiles * (tiles + 1.0) / 2.0 / rate + tile_s * all_tiles / compute_units
+    lone_s = tile_s + parameters.lone_tile_factor * tiles * tile_flops * compute_units / rate
     tokens = shapes.batch * shapes.sequence
     missed = 1.0 / (1.0 + (parameters.cache_bytes / shapes.working_set_bytes) ** CACHE_SHARPNESS)
     stream_s = missed * shapes.operand_bytes / (MAIN_STREAM_FRACTION * memory_bytes_per_s)
     pass_bytes = ELEMENT_BYTES * tokens * shapes.head_size * (shapes.heads + 2.0 * shapes.kv_heads)
-    around_s = parameters.token_s * tokens + parameters.extra_passes * missed * pass_bytes / memory_bytes_per_s
+    row_bytes = parameters.row_bytes * tokens * shapes.head_size * shapes.heads
+    copied_s = parameters.extra_passes * pass_bytes / memory_bytes_per_s
+    copied_s = copied_s + row_bytes / (MAIN_STREAM_FRACTION * memory_bytes_per_s)
+    around_s = parameters.token_s * tokens + missed * copied_s
     return AttentionParts(*(np.asarray(part) for part in (full_s, lone_s, stream_s, around_s)))
 
 

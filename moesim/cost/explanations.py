@@ -34,7 +34,8 @@ GROUPED_GEMM_FORMULA = (
     "launch + (compute^p + memory^p + latency^p)^(1/p) + start of waves, plus output traffic beyond one 16-bit write"
 )
 SURFACE_ATTENTION_FORMULA = (
-    "(fixed + (all tiles^p + longest row^p + memory^p)^(1/p) + around the kernel) residual, a causal forward call, "
+    "(fixed + (all tiles^p + longest row^p + memory^p)^(1/p) + around the kernel) residual, a causal forward call "
+    "(memory at another exponent for kernels measured alone), "
     "times products over forward's and pairs over causal ones"
 )
 GEMM_FORMULA = (
@@ -195,8 +196,12 @@ def _surface_attention(
         memory_bytes_per_s=at_device.memory_bytes_per_s,
         compute_units=at_device.compute_units,
     )
-    terms = (float(parts.full_s), float(parts.lone_s), float(parts.stream_s))
-    norm = _power_norm(terms, numbers.overlap_exponent)
+    tiles, stream_s = (float(parts.full_s), float(parts.lone_s)), float(parts.stream_s)
+    norm = _power_norm((*tiles, stream_s), numbers.overlap_exponent)
+    if numbers.stream_exponent:
+        power = f"{numbers.stream_exponent:.15g}"
+        inner = _power_norm(tiles, numbers.overlap_exponent)
+        norm = f"(({inner})**{power} + {stream_s:.15g}**{power})**(1/{power})"
     residual = float(np.exp(attention_residual(at_device, shapes)))
     moved = max(float(shapes.operand_bytes) - numbers.cache_bytes, 0.0)
     kernel = f"({numbers.fixed_s:.15g} + {norm} + {float(parts.around_s):.15g}) * {residual:.15g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import MISSING, astuple, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -190,7 +190,8 @@ def _fit_formula(shapes: AttentionShapes, time_s: FloatArray, figures: DeviceFig
     """Robust least squares of log(formula / measured); what the table does not determine keeps its first guess."""
     from scipy.optimize import least_squares
 
-    scale, low, high = (np.array(astuple(item)) for item in (FIRST_GUESS, LOWER, UPPER))
+    fitted = sum(one.default is MISSING for one in fields(AttentionParameters))
+    scale, low, high = (np.array(astuple(item)[:fitted]) for item in (FIRST_GUESS, LOWER, UPPER))
     log_time = np.log(time_s)
 
     def residuals(point: FloatArray) -> FloatArray:
