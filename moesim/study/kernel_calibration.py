@@ -49,8 +49,8 @@ KERNEL_RANGES = {
 }
 """A row of tiles of 64 to 128 queries is the shortest that a compute unit takes."""
 BACKWARD_ROW_BYTES = 14.0
-"""Around a backward pass, per query element in 16 bits: result and its gradient are read for their row sums (4), sums of
-query gradients in fp32 set to zero (4), read (4) and written in 16 bits (2)."""
+"""Around a backward pass, per query element in 16 bits: result and its gradient are read for their row sums (4), sums
+of query gradients in fp32 set to zero (4), read (4) and written in 16 bits (2)."""
 LARGE_BYTES = 8.0 * 2**20
 """Traffic from which the time of a kernel is that of its bytes."""
 

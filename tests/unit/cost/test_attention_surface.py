@@ -32,6 +32,19 @@ def load(path: Path) -> AttentionTimeSurface:
 SURFACES = {path.stem: load(path) for path in PATHS}
 
 
+def measured_kernels() -> dict[str, AttentionTimeSurface]:
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PATHS[0].parent.glob("flash_*.json"))]
+    return {
+        f"{document['device']} {one['library']} {one['pass']}": attention_surface_from_document({**document, **one})
+        for document in documents
+        for one in document["kernels"]
+    }
+
+
+KERNELS = measured_kernels()
+PRICES = {**SURFACES, **KERNELS}
+
+
 def call(*sizes: float) -> AttentionShapes:
     return AttentionShapes(*(np.array(float(size)) for size in sizes))
 
@@ -80,6 +93,23 @@ def test_one_tile_by_hand():
     assert formula_s(surface, call(1, 64, 1, 1, 128)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_measured_kernel_by_hand():
+    """Three tiles of heads of 64: beginnings by elements, copies at an exponent of their own, rows around."""
+    numbers = replace(KERNELS["h200_sxm cudnn backward"].parameters, tile_s=2e-7, tile_element_s=1e-10, row_bytes=14.0)
+    surface = replace(KERNELS["h200_sxm cudnn backward"], parameters=numbers)
+    rate = surface.peak_flop_per_s * numbers.compute_fraction * numbers.head_64_factor
+    begin_s, tile_s = 2e-7 + 1e-10 * 64 * 64, 4 * 64 * 64**2 / rate
+    full = 2 * 8 * (1 + 2 + 3) * tile_s + 2 * 8 * 3 * begin_s / surface.compute_units
+    lone = begin_s + numbers.lone_tile_factor * 3 * tile_s * surface.compute_units
+    stream = 4 * 2 * 190 * 64 * (8 + 2) / (0.85 * surface.memory_bytes_per_s)
+    p, q = numbers.overlap_exponent, numbers.stream_exponent
+    assert q != p
+    kernel = ((full**p + lone**p) ** (q / p) + stream**q) ** (1 / q)
+    around = 2 * 190 * 64 * 8 * 14 / (0.85 * surface.memory_bytes_per_s)
+    expected = numbers.fixed_s + kernel + around
+    assert formula_s(surface, call(2, 190, 8, 2, 64)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_flops_count_every_visible_key_once():
     assert float(call(2, 3, 5, 1, 7).flops) == 4 * 7 * 2 * 5 * (1 + 2 + 3)
 
@@ -92,22 +122,22 @@ def test_long_sequences_approach_the_attained_rate():
     assert rate / surface.peak_flop_per_s < surface.parameters.compute_fraction
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PRICES)
 @settings(deadline=None, max_examples=60)
 @given(sizes=shapes_of_calls(), more=st.integers(1, 4096))
 def test_time_never_falls_as_sequences_grow_or_multiply(name, sizes, more):
-    surface = SURFACES[name]
+    surface = PRICES[name]
     batch, sequence, *rest = sizes
     base_s = float(attention_time_s(surface, call(*sizes)))
     assert float(attention_time_s(surface, call(batch, min(sequence + more, 16384), *rest))) >= base_s * (1 - SLACK)
     assert float(attention_time_s(surface, call(min(batch + more, 256), sequence, *rest))) >= base_s * (1 - SLACK)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PRICES)
 @settings(deadline=None, max_examples=60)
 @given(sizes=shapes_of_calls(), stretch=st.integers(1, 64))
 def test_no_rate_exceeds_a_peak(name, sizes, stretch):
-    surface = SURFACES[name]
+    surface = PRICES[name]
     shapes = call(sizes[0], sizes[1] * stretch, *sizes[2:])
     time_s = float(attention_time_s(surface, shapes))
     assert float(shapes.flops) / time_s <= surface.peak_flop_per_s * (1 + 1e-12)

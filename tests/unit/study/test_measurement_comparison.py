@@ -85,6 +85,17 @@ def test_a_block_is_its_moe_layer_with_attention_norms_and_projections(h200, com
     assert of_layer + of_core < of_block < of_layer + 3 * of_core
 
 
+def test_heads_with_narrower_values_are_priced_at_the_mean_of_both(compared):
+    heads = {**HEADS, "kv_heads": 32, "method": "cudnn"}
+    sizes = [{"head_size": 192, "value_size": 128}, {"head_size": 160}, {"head_size": 192}]
+    latent, mean, wide = (
+        case.predicted_s
+        for case in compared(*[result("attention", "a", "backward", {**heads, **one}) for one in sizes]).compared
+    )
+    assert latent == pytest.approx(mean, rel=1e-12)
+    assert latent < wide
+
+
 def test_kernels_alone_run_at_the_sustained_clock_and_layers_at_the_rate_of_their_stack_besides():
     judged_by = judge("h200_sxm", "megatron_core_nccl", HardwareLibrary())
     clock = judged_by.device.sustained_clock_fraction.value
