@@ -73,7 +73,7 @@ def _attention_flops(
     query, key, value = attention_widths(model)
     width = float(query + attention_output_width(model))
     core = 2.0 * tokens * key_length * (width * visible_fraction)
-    matrices = {matrix.name: float(matrix.size) for matrix in attention_matrices(model) if matrix.rows > 1}
+    matrices = {matrix.name: float(matrix.size) for matrix in attention_matrices(model) if not matrix.is_norm}
     if "attention.qkv" in matrices:
         key_value = float(model.hidden_size * (key + value))
         query_side = sum(matrices.values()) - key_value

@@ -31,6 +31,11 @@ class MatrixGroup:
         return self.count * self.rows * self.columns
 
     @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm's vector, which multiplies no matrix."""
+        return self.name.endswith("_norm")
+
+    @property
     def factored_size(self) -> int:
         """Row and column sums of a factored second moment (Adafactor, arXiv:1804.04235, section 3)."""
         return self.count * (self.rows + self.columns if self.rows > 1 else self.columns)

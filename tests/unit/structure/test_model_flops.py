@@ -60,6 +60,11 @@ def test_model_flops_do_not_see_capacity_groups_recompute_or_tying(
     assert flops_per_step(shipped(M6T, assignment)) == flops_per_step(shipped(M6T))
 
 
+def test_projections_of_a_single_channel_count(shipped: Callable[..., LoadedScenario]) -> None:
+    one, two, three = (flops_per_step(shipped(M6T, f"model.hidden_size={width}")) for width in (1, 2, 3))
+    assert two - one == pytest.approx(three - two, rel=1e-9)
+
+
 def test_gated_experts_have_three_matrices(shipped: Callable[..., LoadedScenario]) -> None:
     extra = flops_per_step(shipped(M6T, "model.moe.is_gated=true")) - flops_per_step(shipped(M6T))
     assert extra == pytest.approx(6 * 24 * 1024 * 21248 * 480 * 1024, rel=1e-9)
