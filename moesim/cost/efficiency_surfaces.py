@@ -27,7 +27,8 @@ class DeviceRates:
     ``peak`` by precision is the datasheet's. ``surfaces`` price GEMMs and attention where there are any, at
     ``clock_in_step`` of the clock they were measured at and at ``gemm_in_step``, which is that times what a stack
     reaches in a step of a GEMM's rate alone; else ``gemm`` and ``attention`` fractions do, which include both.
-    ``eight_bit_fraction`` is what products of 8 bits and narrower reach of the surfaces' rate at their own peak.
+    ``eight_bit_fraction`` is what products of 8 bits and narrower reach of the surfaces' rate at their own peak;
+    ``row_scale_slowdown`` and ``block_scale_slowdown`` how much longer those with finer scales take.
     ``accumulation_fraction`` of the bandwidth serves outputs that are added to, None as any other.
     ``attention_library`` chooses among the surfaces' attention kernels. ``update_fraction`` of the bandwidth serves
     optimizers, None as other traffic.
@@ -46,6 +47,8 @@ class DeviceRates:
     clock_in_step: float = 1.0
     gemm_in_step: float = 1.0
     eight_bit_fraction: float = 1.0
+    row_scale_slowdown: float = 1.0
+    block_scale_slowdown: float = 1.0
     accumulation_fraction: float | None = None
     attention_library: str | None = None
     update_fraction: float | None = None
@@ -105,6 +108,8 @@ def device_rates(
         gemm_in_step=in_step * clock,
         clock_in_step=clock,
         eight_bit_fraction=gemm.eight_bit_fraction.value if gemm.eight_bit_fraction else 1.0,
+        row_scale_slowdown=gemm.row_scale_slowdown.value if gemm.row_scale_slowdown else 1.0,
+        block_scale_slowdown=gemm.block_scale_slowdown.value if gemm.block_scale_slowdown else 1.0,
         accumulation_fraction=gemm.accumulation_fraction.value if gemm.accumulation_fraction else None,
         attention_library=stack.attention_library if stack else None,
         update_fraction=memory.update_fraction.value if memory.update_fraction else None,

@@ -20,6 +20,7 @@ from moesim.cost.kernel_times import (
     moe_machine,
     moe_parameters_in_step,
     output_rate,
+    scale_slowdown,
 )
 from moesim.cost.moe_surface import MoeTimeSurface, grouped_gemm_parts
 from moesim.cost.operators import Hardware
@@ -86,7 +87,13 @@ def explain_operation(operation: Operation, hardware: Hardware) -> Explanation:
 def _explain_work(operation: Operation, hardware: Hardware) -> Explanation:
     match operation.work:
         case Gemm() as work:
-            return _gemm(work, hardware)
+            explanation, scaling = _gemm(work, hardware), scale_slowdown(work, hardware.device)
+            if scaling == 1.0:
+                return explanation
+            return Explanation(
+                f"({explanation.formula}) slow-down of the scales of rows or blocks",
+                f"({explanation.substituted}) * {scaling!r}",
+            )
         case AttentionCore() as work:
             return _attention(work, hardware, operation.kernels)
         case MemoryTraffic() as work:

@@ -52,7 +52,8 @@ def gemm_times_s(works: Sequence[Gemm], rates: DeviceRates) -> list[FloatArray]:
     :func:`~moesim.cost.moe_surface.grouped_gemm_time_s`, after one launch of the GEMM surface. Anything else: the GEMM
     surface at (rows, columns, inner), which is its (m, n, k); equal groups of a batched kernel fill its waves together.
     What an output moves beyond one 16-bit write (fp32, or read and added to) is added at the surface's memory rate:
-    an epilogue overlaps with no main loop of its own tile. Without a surface, :func:`four_constant_gemm_s`.
+    an epilogue overlaps with no main loop of its own tile. Without a surface, :func:`four_constant_gemm_s`. Scales of
+    rows or blocks slow all of it, :func:`scale_slowdown`.
     """
     times: list[FloatArray] = [np.zeros(0)] * len(works)
     members: dict[tuple[bool, str, float], list[int]] = {}
@@ -66,7 +67,13 @@ def gemm_times_s(works: Sequence[Gemm], rates: DeviceRates) -> list[FloatArray]:
         alike = [works[index] for index in indices]
         for index, kernel_s in zip(indices, _kernel_times_s(alike, rates), strict=True):
             times[index] = _with_output_s(works[index], kernel_s, rates)
-    return times
+    slowdowns = [scale_slowdown(work, rates) for work in works]
+    return [time_s if factor == 1.0 else time_s * factor for time_s, factor in zip(times, slowdowns, strict=True)]
+
+
+def scale_slowdown(work: Gemm, rates: DeviceRates) -> float:
+    """Time of a product with scales finer than a tensor's over that with one per tensor."""
+    return {"row": rates.row_scale_slowdown, "block": rates.block_scale_slowdown}.get(work.scaling, 1.0)
 
 
 Sizes = tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]

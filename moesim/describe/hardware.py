@@ -37,6 +37,9 @@ class GemmSurface(Description):
     null as other outputs. ``unaligned_slowdown`` is the time of a GEMM with rows that are not whole multiples of 16
     bytes over that of an aligned one; null where it is unknown. ``eight_bit_fraction`` of the rate that these constants
     and the surfaces give at the peak of an 8-bit or narrower format is what its products reach; null as all of it.
+    ``row_scale_slowdown`` and ``block_scale_slowdown`` are the time of such a product with a scale per row, or per
+    block of 128, over that with one per tensor: where matrix units apply no scales, partial sums leave them to be
+    scaled; null as long.
     """
 
     compute_fraction: NumberFigure
@@ -46,6 +49,8 @@ class GemmSurface(Description):
     accumulation_fraction: NumberFigure | None = None
     unaligned_slowdown: NumberFigure | None = None
     eight_bit_fraction: NumberFigure | None = None
+    row_scale_slowdown: NumberFigure | None = None
+    block_scale_slowdown: NumberFigure | None = None
 
 
 class AttentionSurface(Description):

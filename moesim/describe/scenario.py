@@ -33,7 +33,9 @@ class Precisions(Description):
     """Number formats by use.
 
     ``master`` equal to ``parameters`` means there is no separate copy; ``saved`` is the format in which activations
-    wait for the backward pass, null as ``activations``.
+    wait for the backward pass, null as ``activations``. ``scaling`` is what shares a scale where ``compute`` has 8 bits
+    or fewer: the tensor, a row, or a block of 128 (weights 128 x 128; DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
+    Formats whose scales the matrix units apply themselves (MX, NVFP4) cost what ``tensor`` does.
     """
 
     compute: Precision
@@ -44,6 +46,7 @@ class Precisions(Description):
     saved: Precision | None = None
     dispatch: Precision = "bf16"
     reduction: Precision = "fp32"
+    scaling: Literal["tensor", "row", "block"] = "tensor"
 
 
 class Optimizer(Description):

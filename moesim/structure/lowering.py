@@ -131,18 +131,20 @@ def gemm(
     ones: FloatArray = np.ones(np.broadcast_shapes(*(np.shape(extent) for extent in shape)))
     is_weight_gradient = phase == "weight_gradient"
     output = PRECISION_BYTES[context.scenario.precision.gradients] if is_weight_gradient else context.activation_bytes
+    computed = precision or context.scenario.precision.compute
     return Gemm(
         ones * shape[0],
         ones * shape[1],
         ones * shape[2],
         ones * groups,
-        precision or context.scenario.precision.compute,
+        computed,
         context.gemm_input_bytes,
         output,
         accumulates=is_weight_gradient,
         is_ragged=is_ragged,
         row_dispersion=0.0 if is_weight_gradient else row_dispersion,
         sums_tokens=is_weight_gradient,
+        scaling=context.scenario.precision.scaling if PRECISION_BYTES[computed] < 2 else "tensor",
     )
 
 

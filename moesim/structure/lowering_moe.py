@@ -442,8 +442,10 @@ def with_separate_sum(matrices: Sequence[Operation], stack: Stack, *, activation
 
 
 def slower(operation: Operation, slowdown: float) -> Operation:
-    """Return a GEMM in slower kernels, anything else (its casts) as it is."""
-    return replace(operation, slowdown=slowdown) if isinstance(operation.work, Gemm) else operation
+    """Return a GEMM in slower kernels, whatever its scales, anything else (its casts) as it is."""
+    if not isinstance(operation.work, Gemm):
+        return operation
+    return replace(operation, slowdown=slowdown, work=replace(operation.work, scaling="tensor"))
 
 
 def _tensor_parallel_gather(context: LoweringContext, routed: RoutedTokens) -> list[Operation]:

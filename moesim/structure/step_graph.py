@@ -51,7 +51,8 @@ class Gemm:
     ``accumulates`` when the output is read and added to (weight gradients). ``is_ragged`` when the groups are experts
     of one grouped kernel, each with rows of its own number; else they are equal products of one batched kernel.
     ``row_dispersion`` is the variance of those numbers over their mean: 0 where all are equal, 1 where a random router
-    spreads its tokens. ``sums_tokens`` when tokens are the inner length (weight gradients), not the rows.
+    spreads its tokens. ``sums_tokens`` when tokens are the inner length (weight gradients), not the rows. ``scaling``
+    is what shares a scale of operands of 8 bits and fewer.
     """
 
     rows: FloatArray
@@ -65,6 +66,7 @@ class Gemm:
     is_ragged: bool = False
     row_dispersion: FloatArray | float = 0.0
     sums_tokens: bool = False
+    scaling: str = "tensor"
 
 
 def linear_extents(rows: Extent, columns: Extent, inner: Extent) -> dict[Phase, tuple[Extent, Extent, Extent]]:

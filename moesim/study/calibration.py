@@ -112,11 +112,15 @@ def surface_blocks() -> tuple[FitBlock, ...]:
             },
         ),
         FitBlock("eight_bit", _is_scaled_by_tensor, {"kernels.gemm.eight_bit_fraction": (0.1, 1.5)}),
+        FitBlock("row_scales", _is_large_and_scaled_by("row"), {"kernels.gemm.row_scale_slowdown": (0.9, 4.0)}),
+        FitBlock("block_scales", _is_large_and_scaled_by("block"), {"kernels.gemm.block_scale_slowdown": (0.9, 4.0)}),
     )
 
 
 LARGE_UPDATE = 2.0**24
 """Elements from which an update is a matter of bandwidth, not of many small tensors."""
+LARGE_PRODUCT = 1e11
+"""FLOPs from which the scales of a product slow its main loop, not the start of a kernel with other tiles."""
 _UPDATE = {"kernels.memory_bound.update_fraction": (0.01, 1.2)}
 _MEMORY = {"kernels.memory_bound.memory_fraction": (0.01, 1.2), "kernels.memory_bound.fixed_time": (1e-8, 1e-3)}
 
@@ -145,6 +149,13 @@ def _is_large_update(case: MeasuredCase) -> bool:
 
 def _is_scaled_by_tensor(case: MeasuredCase) -> bool:
     return case.operation == "scaled_gemm" and case.text("scaling") == "tensor"
+
+
+def _is_large_and_scaled_by(scaling: str) -> Callable[[MeasuredCase], bool]:
+    def takes(case: MeasuredCase) -> bool:
+        return case.operation == "scaled_gemm" and case.text("scaling") == scaling and case.flops >= LARGE_PRODUCT
+
+    return takes
 
 
 def _is_stream(case: MeasuredCase) -> bool:

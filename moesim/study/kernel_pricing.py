@@ -42,7 +42,7 @@ def _kind(operation: Operation) -> Hashable:
     match operation.work:
         case Gemm() as work:
             scalars: tuple[Hashable, ...] = (work.precision, work.input_bytes, work.output_bytes)
-            scalars += (work.accumulates, work.is_ragged, work.sums_tokens)
+            scalars += (work.accumulates, work.is_ragged, work.sums_tokens, work.scaling)
         case MemoryTraffic():
             scalars = ()
         case AttentionCore() as work:

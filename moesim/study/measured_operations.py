@@ -165,7 +165,10 @@ def _eight_bit(case: MeasuredCase, stack: Stack) -> MappedCase:
     rows = sum(case.loads) / groups if is_ragged else _size(case, "m")
     product = _product(case, (rows, _size(case, "n"), _size(case, "k")), groups=groups, is_ragged=is_ragged)
     assert isinstance(product.work, Gemm)
-    product = replace(product, work=replace(product.work, output_bytes=PRECISION_BYTES[RESULT_PRECISION]))
+    scaling = "tensor" if is_ragged else case.text("scaling")
+    product = replace(
+        product, work=replace(product.work, output_bytes=PRECISION_BYTES[RESULT_PRECISION], scaling=scaling)
+    )
     slowdown = stack.quantised_expert_slowdown
     return MappedCase((slower(product, slowdown.value) if is_ragged and slowdown else product,))
 

@@ -260,11 +260,15 @@ def _half_width(mapping: MappedCase, time_s: FloatArray, judged_by: Judge) -> fl
 
 
 def _narrow_width(operation: Operation, judged_by: Judge) -> float:
-    """What 8-bit products add to a half width: errors of the device's fraction and, for experts, of the stack's."""
-    work, fraction = operation.work, judged_by.device.kernels.gemm.eight_bit_fraction
+    """What 8-bit products add to a half width: errors of the device's numbers and, for experts, of the stack's."""
+    work, numbers = operation.work, judged_by.device.kernels.gemm
     if not isinstance(work, Gemm) or work.input_bytes >= PRECISION_BYTES["bf16"]:
         return 0.0
+    fraction = numbers.eight_bit_fraction
     errors = [figure_error(fraction) if fraction is not None else NARROW_ERROR]
+    slowdown = {"row": numbers.row_scale_slowdown, "block": numbers.block_scale_slowdown}.get(work.scaling)
+    if slowdown is not None:
+        errors.append(figure_error(slowdown))
     if work.is_ragged and judged_by.stack.quantised_expert_slowdown is not None:
         errors.append(figure_error(judged_by.stack.quantised_expert_slowdown))
     return NORMAL_QUANTILE * math.hypot(*errors)

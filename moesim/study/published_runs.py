@@ -220,7 +220,9 @@ def precision_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
     assumed.add(
         "precision", f"parameters, activations and dispatch bf16, gradients and their sums {gradients}: recipe defaults"
     )
+    scaled = {"scaling": "block"} if "blockwise" in text else {}
     return {
+        **scaled,
         "compute": compute,
         "parameters": "bf16",
         "master": "fp32",

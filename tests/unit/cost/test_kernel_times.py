@@ -250,6 +250,14 @@ def test_8_bit_products_have_the_fraction_of_their_device_and_as_long_a_prologue
     assert 1.5 * seconds(large, rates) < seconds(gemm_of(8192, 8192, 8192), rates) < 2.0 * seconds(large, rates)
 
 
+def test_finer_scales_slow_a_product_as_its_device_says():
+    rates = dataclasses.replace(H100, row_scale_slowdown=1.1, block_scale_slowdown=1.3)
+    narrow = dataclasses.replace(gemm_of(8192, 4096, 2048), precision="fp8", input_bytes=1.0)
+    plain_s = seconds(narrow, rates)
+    for scaling, slowdown in {"tensor": 1.0, "row": 1.1, "block": 1.3}.items():
+        assert seconds(dataclasses.replace(narrow, scaling=scaling), rates) == pytest.approx(slowdown * plain_s)
+
+
 def test_ragged_experts_take_the_grouped_formula_after_a_launch():
     surfaces = H100.surfaces
     assert surfaces.moe

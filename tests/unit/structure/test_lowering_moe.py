@@ -320,6 +320,17 @@ def test_rows_of_experts_scatter_where_tokens_choose_freely(shipped: Shipped) ->
         assert all(np.all(work.row_dispersion == 0) for work in expert_gemms(even).values())
 
 
+def test_scales_are_of_products_in_8_bits_unless_the_experts_kernels_are_measured_whole(shipped: Shipped) -> None:
+    def scales(loaded: LoadedScenario) -> dict[str, str]:
+        return {row.name: row.work.scaling for row in operations(loaded) if isinstance(row.work, Gemm)}
+
+    names = ("shared_expert.up", "expert.up", "router.gemm")
+    of_paper, of_megatron = scales(shipped(DEEPSEEK)), scales(shipped(DEEPSEEK, "stack=megatron_core_deepep"))
+    assert [of_paper[name] for name in names] == ["block", "block", "tensor"]
+    assert [of_megatron[name] for name in names] == ["block", "tensor", "tensor"]
+    assert set(scales(shipped(MIXTRAL, "precision.scaling=block")).values()) == {"tensor"}
+
+
 def test_tokens_are_the_inner_length_of_weight_gradients_even_where_a_kernel_cannot_add(shipped: Shipped) -> None:
     for stack in ("megatron_core_nccl", "pytorch_grouped_mm_nccl"):
         works = expert_gemms(shipped(MIXTRAL, f"stack={stack}"))

@@ -20,6 +20,8 @@ PLANTED = {
     "kernels.gemm.accumulation_fraction": 0.4,
     "kernels.gemm.unaligned_slowdown": 3.5,
     "kernels.gemm.eight_bit_fraction": 0.8,
+    "kernels.gemm.row_scale_slowdown": 1.2,
+    "kernels.gemm.block_scale_slowdown": 1.4,
     "kernels.memory_bound.memory_fraction": 0.66,
     "kernels.memory_bound.fixed_time": 3e-6,
     "kernels.memory_bound.update_fraction": 0.5,
@@ -45,8 +47,12 @@ def gemms():
 
 
 def scaled():
-    shapes = [{"m": m, "n": n, "k": 4096, "scaling": "tensor"} for m in (512, 4096) for n in (1024, 4096)]
-    return [case("eight_bit", "scaled_gemm", "forward", shape, dtype="fp8") for shape in shapes]
+    sizes = [(m, n, 4096) for m in (512, 16384) for n in (1024, 4096, 8192)]
+    return [
+        case("eight_bit", "scaled_gemm", "forward", shape, dtype="fp8", flops=2.0 * m * n * k)
+        for m, n, k in sizes
+        for shape in ({"m": m, "n": n, "k": k, "scaling": scaling} for scaling in ("tensor", "row", "block"))
+    ]
 
 
 def streams():

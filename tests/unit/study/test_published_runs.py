@@ -125,6 +125,12 @@ def test_narrow_formats_are_of_the_linear_layers_only(published: str, compute: s
     assert (precision["compute"], precision["parameters"], precision["dispatch"]) == (compute, parameters, parameters)
 
 
+def test_blocks_have_scales_of_their_own_where_a_source_says_so() -> None:
+    published = ("FP8-blockwise", "FP8 (blockwise 1x128/128x128), BF16 attention", "FP8-CS", "MXFP8")
+    scales = [fields_of(run_with(precision=text))["precision"].get("scaling") for text in published]
+    assert scales == ["block", "block", None, None]
+
+
 def test_tpu_v3_counts_cores_and_takes_the_smallest_torus() -> None:
     fields = fields_of(run_with(device="TPU v3", n_devices="16.0", pp="1.0", vp=""))
     assert (fields["devices"], fields["cluster"]) == (32, "tpu_v3_4x4")
