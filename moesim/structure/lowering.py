@@ -75,10 +75,9 @@ class LoweringContext:
         """Whether selective recompute covers a module; whether a case recomputes selectively is a column."""
         return module in (self.scenario.parallelism.recompute_modules or DEFAULT_RECOMPUTE_MODULES)
 
-    @property
-    def gemm_input_bytes(self) -> float:
+    def gemm_input_bytes(self, precision: str) -> float:
         """Bytes of one GEMM operand as read: quantised formats are read quantised, others as stored."""
-        compute = PRECISION_BYTES[self.scenario.precision.compute]
+        compute = PRECISION_BYTES[precision]
         return compute if compute < 2 else self.activation_bytes
 
     @property
@@ -138,7 +137,7 @@ def gemm(
         ones * shape[2],
         ones * groups,
         computed,
-        context.gemm_input_bytes,
+        context.gemm_input_bytes(computed),
         output,
         accumulates=is_weight_gradient,
         is_ragged=is_ragged,

@@ -135,7 +135,7 @@ def _core(
                 matmul_width=width * (1.0 if phase == "forward" else backward),
                 visible_fraction=0.5 if is_causal and is_flash else 1.0,
                 io_elements=io_elements * (1.0 if phase == "forward" else 2.0),
-                precision=_core_precision(context),
+                precision=unquantised_precision(context),
                 element_bytes=operand_bytes(context),
                 prefill=_prefill_shape(context, tokens, key_length, width) if is_flash else None,
                 is_backward=phase != "forward",
@@ -201,8 +201,11 @@ def _score_passes(context: LoweringContext) -> tuple[float, float]:
     return (4.0, 6.0) if context.stack.fuses_elementwise else (10.5, 12.0)
 
 
-def _core_precision(context: LoweringContext) -> str:
-    """Attention cores run in 16 bits where the linear layers are quantised."""
+def unquantised_precision(context: LoweringContext) -> str:
+    """Format of attention cores and of the head: 16 bits where the linear layers are quantised.
+
+    DeepSeek-V3 (arXiv:2412.19437, section 3.3.1) keeps both; Megatron-Core's output layer is not Transformer Engine's.
+    """
     compute = context.scenario.precision.compute
     return "bf16" if compute in ("fp8", "fp4", "int8") else compute
 
@@ -270,7 +273,8 @@ def head_part(context: LoweringContext) -> OperationTable:
     if not context.is_training:
         tokens = context.columns["micro_batch"] * 1.0
     local_vocab = np.ceil(context.model.vocab_size / context.columns["tensor"])
-    operations = linear(context, "head", "embedding_head_loss", (tokens, local_vocab, float(context.model.hidden_size)))
+    shape, precision = (tokens, local_vocab, float(context.model.hidden_size)), unquantised_precision(context)
+    operations = linear(context, "head", "embedding_head_loss", shape, precision=precision)
     measured, logits = context.stack.elementwise, tokens * local_vocab
     passes = (3.0, 2.0) if measured is None or measured.loss is None else both_passes(measured.loss)
     losses = traffic(context, "loss", "embedding_head_loss", logits, passes=passes, kernels=(4, 2), element_bytes=4.0)

@@ -221,6 +221,9 @@ def precision_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, str]:
         "precision", f"parameters, activations and dispatch bf16, gradients and their sums {gradients}: recipe defaults"
     )
     scaled = {"scaling": "block"} if "blockwise" in text else {}
+    if scaled and "hai-llm" in run.software:
+        scaled["saved"] = compute
+        assumed.add("precision.saved", "as the recipe's report says: inputs of linear layers wait in 8 bits")
     return {
         **scaled,
         "compute": compute,
@@ -262,13 +265,20 @@ def parallelism_fields(run: PublishedRun, assumed: Assumptions) -> dict[str, Any
         "pipeline": {
             "stages": run.count("pp"),
             "virtual_stages": virtual,
-            "schedule": "interleaved_one_f_one_b" if virtual > 1 else "one_f_one_b",
+            "schedule": _schedule(run, virtual),
         },
         "expert": run.count("ep") if is_moe else 1,
         "expert_tensor": expert_tensor if is_moe else 1,
         "zero_stage": _zero_stage(run, assumed),
         **_recompute(run, assumed),
     }
+
+
+def _schedule(run: PublishedRun, virtual_stages: int) -> str:
+    """Named by the source, or Megatron's default."""
+    if re.search(r"\bdualpipe\b", f"{run.text('other_opts')} {run.text('note')}", re.IGNORECASE):
+        return "dualpipe"
+    return "interleaved_one_f_one_b" if virtual_stages > 1 else "one_f_one_b"
 
 
 def _virtual_stages(run: PublishedRun, assumed: Assumptions) -> int:

@@ -153,6 +153,24 @@ def test_a_dropless_flash_training_step_executes_half_a_core_more(shipped: Shipp
     assert answer.hardware_flops_per_step == pytest.approx(answer.model_flops_per_step + 0.5 * core, rel=1e-9)
 
 
+def test_the_head_stays_in_16_bits_where_layers_are_quantised(shipped: Shipped) -> None:
+    """DeepSeek-V3 in 8 bits: projections of layers are, the head (no cast before it) and attention cores are not."""
+    context = context_of(shipped(DEEPSEEK))
+    layer = dense_part(context, LayerKind("decoder", False, False))
+    formats = {
+        (row.name, row.work.precision, row.work.input_bytes)
+        for row in (*layer.operations, *head_part(context).operations)
+        if isinstance(row.work, Gemm)
+    }
+    assert ("head", "bf16", 2.0) in formats
+    assert ("attention.kv_up", "fp8", 1.0) in formats
+    assert {name for name, precision, _ in formats if precision == "bf16"} == {"head"}
+    assert "head.quantise" not in {row.name for row in head_part(context).operations}
+    wide = head_part(context_of(shipped(MIXTRAL, "precision.compute=fp16"))).operations[0].work
+    assert isinstance(wide, Gemm)
+    assert wide.precision == "fp16"
+
+
 def test_full_recompute_repeats_the_forward_pass_of_every_layer_but_not_the_head(shipped: Shipped) -> None:
     none = estimate_loaded(shipped(MIXTRAL)).hardware_flops_per_step
     full = estimate_loaded(shipped(MIXTRAL, "parallelism.recompute=full")).hardware_flops_per_step
