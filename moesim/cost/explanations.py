@@ -11,16 +11,17 @@ from moesim.cost.collectives import collective_time
 from moesim.cost.efficiency_surfaces import OVERLAP_EXPONENT, ROW_GRANULARITY, DeviceRates
 from moesim.cost.gemm_surface import GemmSurface, are_same_figures, core_parts, grid_value
 from moesim.cost.kernel_times import (
+    WIDE_OUTPUT_EXPONENT,
     attention_kernel,
     attention_shapes,
     attention_surface_in_step,
-    extra_output_bytes,
     gemm_machine,
     gemm_surface_in_step,
     moe_machine,
     moe_parameters_in_step,
     output_rate,
     scale_slowdown,
+    wide_output_bytes,
 )
 from moesim.cost.moe_surface import MoeTimeSurface, grouped_gemm_parts
 from moesim.cost.operators import Hardware
@@ -133,10 +134,7 @@ def _surface_gemm(work: Gemm, rates: DeviceRates, surface: GemmSurface) -> Expla
     kernel = f"({surface.core.launch_s:.15g} + {norm} + {parts.joining_s:.15g}) * {factor:.15g}"
     floor = f"{_flops(work)} / {machine.peak_flop_rate:.15g}"
     words = f"{SURFACE_GEMM_FORMULA} [tile {parts.tile[0]} x {parts.tile[1]}, split {parts.split}]"
-    text = (
-        f"max(max({kernel}, {floor}) + {_more_bytes(work)} / {output_rate(work, rates):.15g}, {_at_peak(work, rates)})"
-    )
-    return Explanation(words, text)
+    return Explanation(words, _with_output(f"max({kernel}, {floor})", work, rates))
 
 
 def _grouped_gemm(work: Gemm, rates: DeviceRates, surface: MoeTimeSurface) -> Explanation:
@@ -151,9 +149,7 @@ def _grouped_gemm(work: Gemm, rates: DeviceRates, surface: MoeTimeSurface) -> Ex
     norm = _power_norm((parts.compute_s, parts.stream_s, parts.latency_s), numbers.overlap_exponent)
     kernel = f"{rates.gemm_launch_s:.15g} + {norm} + {parts.waves_s:.15g}"
     words = f"{GROUPED_GEMM_FORMULA} [{float(groups):g} groups, tile {parts.tile[0]} x {parts.tile[1]}]"
-    return Explanation(
-        words, f"max({kernel} + {_more_bytes(work)} / {output_rate(work, rates):.15g}, {_at_peak(work, rates)})"
-    )
+    return Explanation(words, _with_output(kernel, work, rates))
 
 
 def _power_norm(terms: tuple[float, ...], power: float) -> str:
@@ -169,9 +165,14 @@ def _at_peak(work: Gemm, rates: DeviceRates) -> str:
     return f"{_flops(work)} / {rates.peak_for(work.precision):.15g}"
 
 
-def _more_bytes(work: Gemm) -> str:
-    extents = _first(work.groups, work.rows, work.columns)
-    return " * ".join(f"{float(extent):.15g}" for extent in extents) + f" * {extra_output_bytes(work):g}"
+def _with_output(kernel: str, work: Gemm, rates: DeviceRates) -> str:
+    """A kernel's time joined by its wide output's, not below that of the peak."""
+    num_bytes, power = wide_output_bytes(work), WIDE_OUTPUT_EXPONENT
+    if num_bytes:
+        extents = " * ".join(f"{float(extent):.15g}" for extent in _first(work.groups, work.rows, work.columns))
+        output = f"{extents} * {num_bytes:g} / {output_rate(work, rates):.15g}"
+        kernel = f"(({kernel})**{power} + ({output})**{power})**(1/{power})"
+    return f"max({kernel}, {_at_peak(work, rates)})"
 
 
 def _four_constant_gemm(work: Gemm, rates: DeviceRates) -> Explanation:
