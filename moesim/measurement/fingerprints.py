@@ -151,5 +151,5 @@ def _number(text: str) -> Json:
 
 
 def program_arguments() -> list[Json]:
-    """Return the arguments of this process."""
-    return list(sys.argv[1:])
+    """Return the arguments of this process, of whole paths the names alone: records are passed on."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]

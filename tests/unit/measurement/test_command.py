@@ -18,7 +18,7 @@ from interrupts import heed_interrupts
 
 from moesim.errors import ERROR_CODES
 from moesim.measurement import command, main
-from moesim.measurement.fingerprints import _nvidia_smi, conditions
+from moesim.measurement.fingerprints import _nvidia_smi, conditions, program_arguments
 from moesim.measurement.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -178,6 +178,12 @@ def test_the_fingerprint_says_what_times_depend_on(capsys: pytest.CaptureFixture
     names = {"memory_bytes", "driver_version", "cuda_version", "python_version", "system", "seed"}
     assert names <= set(fingerprint)
     assert isinstance(session["argv"], list)
+
+
+def test_records_hold_no_folders_of_who_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    argv = ["measure", "gemm", "--budget", "8s", "--out", str(tmp_path / "gemm.jsonl"), "results/a.jsonl"]
+    monkeypatch.setattr("sys.argv", ["moesim", *argv])
+    assert program_arguments() == [*argv[:5], "gemm.jsonl", "results/a.jsonl"]
 
 
 def test_clocks_and_power_are_read_from_nvidia_smi_and_may_be_missing(
