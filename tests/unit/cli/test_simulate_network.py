@@ -49,10 +49,10 @@ def test_people_read_what_contention_adds_and_where(capsys: pytest.CaptureFixtur
     out = " ".join(capsys.readouterr().out.split())
     for text in (
         "contention on shared links",
-        "contention adds 2.89%",
-        "each on links of its own: 781 ms",
+        "contention adds 3.07%",
+        "each on links of its own: 775 ms",
         "stage 0, network",
-        "At the load that estimate prices, on links of their own: 781 ms",
+        "At the load that estimate prices, on links of their own: 775 ms",
     ):
         assert text in out
 

@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.slow
 def test_every_suite_of_one_device_writes_its_file(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "results"), "--device", "cpu", "--budget", "8")
+    done = run(str(tmp_path / "results"), "--device", "cpu", "--budget", "16")
     assert done.returncode == 0, done.stderr
     for suite in ("single_gpu", "train_step", "memory", "moe_layer"):
         lines = (tmp_path / "results" / f"{suite}.jsonl").read_text(encoding="utf-8").splitlines()
