@@ -60,7 +60,6 @@ class TestDeepSeek:
         bubble = {name: row.bubble_fraction for name, row in rows.items() if row.is_legal}
         memory = {name: row.peak_memory_bytes for name, row in rows_of(deepseek()).items() if row.is_legal}
         assert max(bubble["zb_v"], bubble["zb_h2"]) < bubble["zb_h1"] < bubble["one_f_one_b"]
-        assert bubble["zb_v"] == pytest.approx(bubble["zb_h2"], abs=0.02)  # none but for uneven passes
         assert bubble["dualpipe"] < bubble["one_f_one_b"]
         assert memory["v_min"] < memory["v_half"] < memory["zb_v"] <= memory["zb_h1"] < memory["zb_h2"]
         assert memory["dualpipe_v"] < memory["dualpipe"] < memory["gpipe"]
